@@ -1,0 +1,37 @@
+# Two commands for a newcomer; each makes its own virtual environment first.
+#   make demo   the whole pipeline on SmolLM2-135M-Instruct, ends with a table and the report's place
+#   make test   lint, types, layers and all tests
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    ?= runs/demo
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+export GRAPHPRUNE_CACHE ?= $(CURDIR)/.cache
+
+.PHONY: demo test format clean
+
+demo: $(STAMP)
+	$(BIN)/graphprune run examples/recipes/demo.yaml -o $(RUN)
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch comes first and by exact version, so that nothing else asks for the newest build of it.
+$(STAMP): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("graphprune needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,45 @@
+"""graphprune turns a transformer into a smaller, low-bit ONNX model, and proves that it did so correctly.
+
+The names below are the public Python interface. They load on first use, so that ``import graphprune``
+costs next to nothing: torch and transformers are imported by the functions that need them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphprune.certify.certificate import certify as certify
+    from graphprune.coupling.groups import NodeGroup as NodeGroup
+    from graphprune.coupling.groups import node_groups as node_groups
+    from graphprune.coupling.rules import rule as rule
+    from graphprune.prune.lhspg import LHSPG as LHSPG
+    from graphprune.shrink.model import shrink as shrink
+    from graphprune.shrink.plan import Plan as Plan
+    from graphprune.trace.fx import trace as trace
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LHSPG": "graphprune.prune.lhspg",
+    "NodeGroup": "graphprune.coupling.groups",
+    "Plan": "graphprune.shrink.plan",
+    "certify": "graphprune.certify.certificate",
+    "node_groups": "graphprune.coupling.groups",
+    "rule": "graphprune.coupling.rules",
+    "shrink": "graphprune.shrink.model",
+    "trace": "graphprune.trace.fx",
+}
+
+__all__ = ["LHSPG", "NodeGroup", "Plan", "certify", "node_groups", "rule", "shrink", "trace"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'graphprune' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""The proof, on this very model, that its node groups are right."""

@@ -1,0 +1,208 @@
+"""The certificate: a proof by the model itself that its node groups are right.
+
+Renumbering the units of a correct group changes nothing; removing units is the same as zeroing them. Both are
+checked on the traced graph in float64, on the model's own weights, all groups at once; when a check fails, group by
+group, to name the culprit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graphprune.coupling.groups import NodeGroup, NodeGroups
+from graphprune.coupling.selection import Indices
+from graphprune.errors import CouplingError, VerificationError
+from graphprune.shrink.program import Program
+from graphprune.shrink.resize import resize
+from graphprune.shrink.weights import select_weight, zero_weight
+
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """What the checks measured.
+
+    Errors are the largest absolute difference of any output, divided by the largest absolute output.
+
+    Attributes:
+        groups: How many groups were permuted.
+        pruned_groups: How many groups lost units.
+        permuted_max_error: After renumbering the units of all groups at random at once.
+        removed_max_error: Between removing random units and zeroing them.
+        removed_effect: How far zeroing those units moved the outputs: a check that moved nothing proves nothing.
+        tolerance: What an error may be.
+        failures: Names of groups that fail on their own.
+    """
+
+    groups: int
+    pruned_groups: int
+    permuted_max_error: float
+    removed_max_error: float
+    removed_effect: float
+    tolerance: float
+    failures: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether both errors are within the tolerance."""
+        return max(self.permuted_max_error, self.removed_max_error) <= self.tolerance
+
+    def raise_if_failed(self) -> None:
+        """Raise if the groups are wrong.
+
+        Raises:
+            VerificationError: With the numbers and the groups that fail.
+        """
+        if not self.ok:
+            raise VerificationError(
+                f"the node groups are wrong for this model: permutation moves its outputs by "
+                f"{self.permuted_max_error:.1e}, removal differs from zeroing by {self.removed_max_error:.1e} "
+                f"(tolerance {self.tolerance:.0e}); groups that fail alone: {', '.join(self.failures) or 'none'}",
+                "please report this model: a rule in graphprune/coupling/rules is wrong for one of its operators",
+            )
+
+    def row(self) -> dict[str, Any]:
+        """Return the certificate as a plain row."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def certify(
+    model: nn.Module,
+    groups: NodeGroups,
+    example_inputs: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
+) -> Certificate:
+    """Check node groups against the model that they were read off.
+
+    Weights that are constant (a fresh adapter's zeros, a norm's ones) would hide mistakes; they are replaced by
+    random numbers for the check. The model is not changed.
+
+    Args:
+        model: The model, with its weights.
+        groups: Its node groups.
+        example_inputs: Keyword arguments of its forward, as given to `trace`.
+        seed: Of the permutations, the removed units and the random numbers.
+        tolerance: Largest error, relative to the largest output.
+
+    Raises:
+        CouplingError: If there is no group to check.
+    """
+    trial = _Trial(model, groups, example_inputs, np.random.default_rng(seed))
+    movable = [group for group in groups.values() if group.permutable]
+    prunable = [group for group in groups.values() if group.prunable]
+    if not movable:
+        raise CouplingError(
+            "no group can be permuted, so nothing can be certified", "see the groups' reasons"
+        )
+    permuted = trial.permuted_error(movable)
+    removed, effect = trial.removed_error(prunable)
+    failures: list[str] = []
+    if not permuted <= tolerance:
+        failures += [group.name for group in movable if not trial.permuted_error([group]) <= tolerance]
+    if not removed <= tolerance:
+        failures += [group.name for group in prunable if not trial.removed_error([group])[0] <= tolerance]
+    return Certificate(
+        groups=len(movable),
+        pruned_groups=len(prunable),
+        permuted_max_error=permuted,
+        removed_max_error=removed,
+        removed_effect=effect,
+        tolerance=tolerance,
+        failures=tuple(dict.fromkeys(failures)),
+    )
+
+
+class _Trial:
+    """The traced graph in float64, its weights, and its outputs before anything is done to them."""
+
+    def __init__(
+        self, model: nn.Module, groups: NodeGroups, inputs: Mapping[str, Any], generator: np.random.Generator
+    ) -> None:
+        self._groups = groups
+        self._inputs = {name: _double(value) for name, value in inputs.items()}
+        self._generator = generator
+        self._program = Program(groups.graph.program).in_double()
+        self._weights = _probing_weights(model, generator)
+        self._reference = self._program(self._weights, self._inputs)
+
+    def permuted_error(self, groups: list[NodeGroup]) -> float:
+        """Renumber the units of `groups` at random; return how far the outputs move."""
+        order = {group.name: self._generator.permutation(group.size) for group in groups}
+        return _error(self._program(self._selected(order), self._inputs), self._reference)
+
+    def removed_error(self, groups: list[NodeGroup]) -> tuple[float, float]:
+        """Remove random units of `groups`; return the distance from zeroing them, and what zeroing did."""
+        kept = {group.name: self._survivors(group.size) for group in groups}
+        zeroed = {
+            name: zero_weight(name, tensor, self._groups, kept) for name, tensor in self._weights.items()
+        }
+        expected = self._program(zeroed, self._inputs)
+        del zeroed
+        smaller = resize(self._program, self._groups, kept)
+        effect = _error(expected, self._reference)
+        try:
+            removed = smaller(self._selected(kept), self._inputs)
+        except RuntimeError:  # shapes that no longer fit each other: the groups are wrong
+            return float("inf"), effect
+        return _error(removed, expected), effect
+
+    def _selected(self, kept: Mapping[str, Indices]) -> dict[str, Tensor]:
+        return {
+            name: select_weight(name, tensor, self._groups, kept) for name, tensor in self._weights.items()
+        }
+
+    def _survivors(self, size: int) -> Indices:
+        gone = self._generator.integers(1, max(2, size // 2 + 1))
+        return np.sort(self._generator.permutation(size)[gone:])
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _probing_weights(model: nn.Module, generator: np.random.Generator) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    doubled: dict[int, Tensor] = {}
+    for name, tensor in _named_weights(model):
+        if id(tensor) not in doubled:
+            doubled[id(tensor)] = _probe(tensor.detach(), generator)
+        weights[name] = doubled[id(tensor)]
+    return weights
+
+
+def _probe(tensor: Tensor, generator: np.random.Generator) -> Tensor:
+    if not tensor.is_floating_point() or tensor.numel() < 2:
+        return tensor
+    if bool((tensor == tensor.flatten()[0]).all()):
+        noise = torch.from_numpy(generator.standard_normal(tuple(tensor.shape)))
+        return tensor.double() + 0.05 * noise.to(tensor.device)
+    return tensor.double()
+
+
+def _named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _error(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    worst = 0.0
+    for output, reference in zip(outputs, expected, strict=True):
+        if not reference.is_floating_point():
+            continue
+        if output.shape != reference.shape:
+            return float("inf")
+        scale = float(reference.abs().max())
+        distance = float((output - reference).abs().max())
+        worst = max(worst, distance / scale if scale > 0 else distance)
+        if distance != distance:
+            return float("nan")
+    return worst

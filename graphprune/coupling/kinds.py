@@ -1,0 +1,45 @@
+"""The kind of a node group, inferred from what operators do with it, never from names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+from graphprune.coupling.algebra import Side
+
+Kind = Literal[
+    "attention_heads", "query_heads", "head_dim", "ffn", "hidden", "lora_rank", "vocabulary", "other"
+]
+
+
+def infer_kind(marks: Collection[str], sides: Collection[Side], weights: int) -> Kind:
+    """Infer the kind of a group.
+
+    Args:
+        marks: What operators do with its axes.
+        sides: For its members that contractions touch, on which side.
+        weights: How many parameters it reaches.
+
+    Returns:
+        The first kind that fits:
+
+        - ``vocabulary``: rows of a table that is read by index;
+        - ``head_dim``: contracted between query and key, or the width of a head's values (rotary pairs too);
+        - ``query_heads``: heads that share one key head; ``attention_heads``: key heads with all that hangs on them;
+        - ``hidden``: an axis that a norm runs over;
+        - ``ffn``: a width with a non-linearity in it;
+        - ``lora_rank``: the waist of two linear maps with nothing in between.
+    """
+    if "lookup" in marks:
+        return "vocabulary"
+    if "head_dim" in marks:
+        return "head_dim"
+    if "heads" in marks:
+        return "query_heads" if "repeated" in marks else "attention_heads"
+    if "normalised" in marks:
+        return "hidden"
+    if "nonlinear" in marks:
+        return "ffn"
+    if weights == 2 and set(sides) == {"produces", "consumes"}:
+        return "lora_rank"
+    return "other"

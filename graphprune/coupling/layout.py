@@ -1,0 +1,245 @@
+"""Layouts: what an axis is made of, and the unification that couples two of them.
+
+An axis of a tensor is an *atom* (an index set of known size), a row-major *product* of layouts
+(576 = 9 heads × 64), or a *concatenation* of layouts (fused query, key and value). An operator demands that two
+layouts be equal; `LayoutSolver.unify` refines both until their pieces match and merges the pieces by union-find.
+Work is per axis and per atom, never per index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["atom", "product", "concat"]
+
+
+class Layout:
+    """A node of the union-find forest; ask `LayoutSolver.find` for the one that stands for it.
+
+    Attributes:
+        identity: Number in order of creation.
+        size: How many indices it spans.
+        form: What it is made of.
+        parts: The factors of a product, the segments of a concatenation.
+        pins: Reasons why its units may be neither permuted nor removed.
+        blocks: Reasons why its units may be permuted, but not removed.
+        marks: What operators do with it, from which the kind of a group is inferred.
+    """
+
+    __slots__ = ("blocks", "form", "identity", "marks", "parent", "parts", "pins", "size")
+
+    def __init__(self, identity: int, size: int, form: Form, parts: tuple[Layout, ...] = ()) -> None:
+        self.identity = identity
+        self.size = size
+        self.form = form
+        self.parts = parts
+        self.parent: Layout | None = None
+        self.pins: dict[str, None] = {}  # a dict keeps the order in which reasons came up
+        self.blocks: dict[str, None] = {}
+        self.marks: dict[str, None] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Coupling:
+    """One demand that two layouts be equal, by the operator that made it."""
+
+    first: int
+    second: int
+    operator: str
+
+
+class LayoutSolver:
+    """Creates layouts, unifies them, and remembers which operator coupled what."""
+
+    def __init__(self) -> None:
+        self.couplings: list[Coupling] = []
+        self._count = 0
+
+    def atom(self, size: int) -> Layout:
+        """Return a new index set of `size`."""
+        return self._new(size, "atom")
+
+    def product(self, factors: Sequence[Layout]) -> Layout:
+        """Return the row-major product of `factors`; factors of size 1 vanish."""
+        kept = [factor for factor in factors if factor.size != 1]
+        if not kept:
+            return self.atom(1)
+        if len(kept) == 1:
+            return kept[0]
+        return self._new(math.prod(factor.size for factor in kept), "product", tuple(kept))
+
+    def concat(self, segments: Sequence[Layout]) -> Layout:
+        """Return the concatenation of `segments`; empty ones vanish."""
+        kept = [segment for segment in segments if segment.size != 0]
+        if len(kept) == 1:
+            return kept[0]
+        return self._new(sum(segment.size for segment in kept), "concat", tuple(kept))
+
+    def find(self, layout: Layout) -> Layout:
+        """Return the layout that stands for `layout` after all unifications so far."""
+        while layout.parent is not None:
+            if layout.parent.parent is not None:
+                layout.parent = layout.parent.parent
+            layout = layout.parent
+        return layout
+
+    def pin(self, layout: Layout, reason: str) -> None:
+        """Forbid to permute or remove units of `layout`."""
+        self.find(layout).pins.setdefault(reason)
+
+    def block(self, layout: Layout, reason: str) -> None:
+        """Forbid to remove units of `layout`; they may still be permuted."""
+        self.find(layout).blocks.setdefault(reason)
+
+    def mark(self, layout: Layout, mark: str) -> None:
+        """Note what an operator does with `layout`."""
+        self.find(layout).marks.setdefault(mark)
+
+    def unify(self, first: Layout, second: Layout, operator: str) -> None:
+        """Demand that two layouts be equal.
+
+        Layouts that cannot be made equal (sizes differ, or no common refinement exists) are pinned: sound,
+        never a guess.
+
+        Args:
+            first: One layout.
+            second: The other.
+            operator: Who demands it; `operator` becomes the edge of the coupling graph.
+        """
+        a, b = self.find(first), self.find(second)
+        if a is b:
+            return
+        if a.size != b.size:
+            self._conflict((a, b), operator)
+            return
+        self.couplings.append(Coupling(a.identity, b.identity, operator))
+        if a.form == "atom":
+            self._merge(a, b)
+        elif b.form == "atom":
+            self._merge(b, a)
+        elif a.form == b.form == "product":
+            mine, theirs = self.factors(a), self.factors(b)
+            self._merge(a, b)
+            self._align_factors(mine, theirs, operator)
+        elif a.form == b.form == "concat":
+            mine, theirs = self.segments(a), self.segments(b)
+            self._merge(a, b)
+            self._align_segments(mine, theirs, operator)
+        elif a.form == "concat":
+            self._distribute(a, b, operator)
+        else:
+            self._distribute(b, a, operator)
+
+    def factors(self, layout: Layout) -> list[Layout]:
+        """Return the factors of a product, outermost first, with nested products opened."""
+        layout = self.find(layout)
+        if layout.form != "product":
+            return [layout]
+        return [factor for part in layout.parts for factor in self.factors(part)]
+
+    def segments(self, layout: Layout) -> list[Layout]:
+        """Return the segments of a concatenation, with nested ones opened.
+
+        A product whose outermost factor is a concatenation is one too: (a + b) × d = a × d + b × d.
+        """
+        layout = self.find(layout)
+        if layout.form == "concat":
+            return [segment for part in layout.parts for segment in self.segments(part)]
+        if layout.form == "product":
+            first, *rest = self.factors(layout)
+            outer = self.segments(first)
+            if len(outer) > 1:
+                return [self.product([segment, *rest]) for segment in outer]
+        return [layout]
+
+    def atoms(self, layout: Layout) -> Iterator[Layout]:
+        """Yield the atoms that `layout` is made of, in order, each as often as it occurs."""
+        layout = self.find(layout)
+        if layout.form == "atom":
+            yield layout
+        else:
+            for part in layout.parts:
+                yield from self.atoms(part)
+
+    def spread(self, layouts: Iterable[Layout]) -> None:
+        """Hand the pins, blocks and marks of composed layouts down to their atoms."""
+        for layout in layouts:
+            found = self.find(layout)
+            for atom in self.atoms(found):
+                self._inherit(atom, found)
+            for part in found.parts:
+                self.spread((part,))
+
+    def _new(self, size: int, form: Form, parts: tuple[Layout, ...] = ()) -> Layout:
+        self._count += 1
+        return Layout(self._count, size, form, parts)
+
+    def _merge(self, layout: Layout, into: Layout) -> None:
+        layout.parent = into
+        self._inherit(into, layout)
+
+    @staticmethod
+    def _inherit(heir: Layout, source: Layout) -> None:
+        if heir is not source:
+            heir.pins.update(source.pins)
+            heir.blocks.update(source.blocks)
+            heir.marks.update(source.marks)
+
+    def _conflict(self, layouts: Iterable[Layout], operator: str) -> None:
+        for layout in layouts:
+            self.pin(layout, f"{operator} couples sizes that have no common refinement")
+
+    def _align_factors(self, first: list[Layout], second: list[Layout], operator: str) -> None:
+        """Match two factorisations of one size from the innermost factor outwards."""
+        while first and second:
+            large, small = self.find(first.pop()), self.find(second.pop())
+            if large.size < small.size:
+                large, small, first, second = small, large, second, first
+            if large.size == small.size:
+                self.unify(large, small, operator)
+                continue
+            refined: list[Layout] = []
+            if large.size % small.size == 0:
+                outer, inner = self.atom(large.size // small.size), self.atom(small.size)
+                self.unify(self.product([outer, inner]), large, operator)
+                refined = self.factors(large)
+            if len(refined) < 2:
+                self._conflict((large, small, *first, *second), operator)
+                return
+            first.extend(refined)
+            second.append(small)
+
+    def _align_segments(self, first: list[Layout], second: list[Layout], operator: str) -> None:
+        """Match two segmentations of one size from the last segment backwards."""
+        while first and second:
+            large, small = self.find(first.pop()), self.find(second.pop())
+            if large.size < small.size:
+                large, small, first, second = small, large, second, first
+            if large.size == small.size:
+                self.unify(large, small, operator)
+                continue
+            head, tail = self.atom(large.size - small.size), self.atom(small.size)
+            self.unify(self.concat([head, tail]), large, operator)
+            refined = self.segments(large)
+            if len(refined) < 2:
+                self._conflict((large, small, *first, *second), operator)
+                return
+            first.extend(refined)
+            second.append(small)
+
+    def _distribute(self, concat: Layout, product: Layout, operator: str) -> None:
+        """Couple a concatenation with a product: its outermost factor is cut where the segments end."""
+        outer, *rest = self.factors(product)
+        inner = math.prod(factor.size for factor in rest)
+        segments = self.segments(concat)
+        if any(segment.size % inner for segment in segments):
+            self._conflict((concat, product), operator)
+            return
+        pieces = [self.atom(segment.size // inner) for segment in segments]
+        self._merge(concat, product)
+        self.unify(outer, self.concat(pieces), operator)
+        for piece, segment in zip(pieces, segments, strict=True):
+            self.unify(segment, self.product([piece, *rest]), operator)

@@ -1,0 +1,89 @@
+"""The errors a user can meet: each says what is wrong, where, and what to do.
+
+Every message has the form ``what happened (with names and numbers)`` followed by a line ``→ what to do``.
+The command line prints the message alone and exits with the class's `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class GraphPruneError(Exception):
+    """Base of everything that graphprune raises on purpose.
+
+    Args:
+        problem: What is wrong and where, in one sentence.
+        remedy: What the reader can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}\n  → {remedy}")
+        self.problem = problem
+        self.remedy = remedy
+
+
+class RecipeError(GraphPruneError, ValueError):
+    """The recipe or a command-line flag is wrong; the message names the key and its line."""
+
+    exit_code = 2
+
+
+class SourceError(GraphPruneError, ValueError):
+    """A model or a text could not be opened, or is not what the recipe needs."""
+
+    exit_code = 2
+
+
+class RunFolderError(GraphPruneError, RuntimeError):
+    """The output folder is in use, foreign, or belongs to another recipe."""
+
+    exit_code = 2
+
+
+class TraceError(GraphPruneError, RuntimeError):
+    """The model could not be traced into an operator graph."""
+
+    exit_code = 3
+
+
+class CouplingError(GraphPruneError, RuntimeError):
+    """Node groups were asked for something that they do not hold."""
+
+    exit_code = 3
+
+
+class NothingPrunableError(GraphPruneError, ValueError):
+    """No group may lose a unit; the message lists the reasons."""
+
+    exit_code = 3
+
+
+class BudgetError(GraphPruneError, ValueError):
+    """The share of parameters asked for cannot be removed; the message says what can."""
+
+    exit_code = 3
+
+
+class ShrinkError(GraphPruneError, RuntimeError):
+    """The plan could not be applied to the model, which is left as it was."""
+
+    exit_code = 3
+
+
+class TrainingError(GraphPruneError, RuntimeError):
+    """Training diverged or could not start."""
+
+    exit_code = 3
+
+
+class ExportError(GraphPruneError, RuntimeError):
+    """The model could not be written as ONNX."""
+
+    exit_code = 4
+
+
+class VerificationError(GraphPruneError, RuntimeError):
+    """A result differs from its reference; the message holds the numbers."""
+
+    exit_code = 4

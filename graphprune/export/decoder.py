@@ -1,0 +1,130 @@
+"""A causal language model as a function of flat tensors: ids, mask, positions, and the cache of each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from graphprune.errors import ExportError
+
+BATCH = "batch_size"
+SEQUENCE = "sequence_length"
+PAST = "past_sequence_length"
+TOTAL = "total_sequence_length"
+
+# Sizes of the example that is traced. None is 0 or 1, and no two are equal, so that none is taken for another.
+_BATCH, _SEQUENCE, _PAST = 2, 3, 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheLayer:
+    """Where a layer keeps its keys and values.
+
+    Attributes:
+        index: The layer's index in the cache; indices may have holes.
+        key: (heads, head size) of the keys.
+        value: (heads, head size) of the values.
+    """
+
+    index: int
+    key: tuple[int, int]
+    value: tuple[int, int]
+
+
+class CachedDecoder(nn.Module):
+    """Computes `(logits, [present keys, present values of each layer])` from flat tensors.
+
+    Args:
+        model: A transformers causal language model that takes a `DynamicCache`.
+        layers: Its cache layers, from `cache_layers`.
+    """
+
+    PREFIX = "decoder."
+    """What the model's parameter names begin with here."""
+
+    def __init__(self, model: nn.Module, layers: list[CacheLayer]) -> None:
+        super().__init__()
+        self.decoder = model
+        self.layers = layers
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run one step; `past` holds key, value, key, value, ..., each (batch, heads, past, head size)."""
+        cache = DynamicCache()
+        for layer, key, value in zip(self.layers, past[::2], past[1::2], strict=True):
+            cache.update(key, value, layer.index)
+        output = self.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        present = [output.past_key_values.layers[layer.index] for layer in self.layers]
+        return output.logits, [tensor for layer in present for tensor in (layer.keys, layer.values)]
+
+
+def cache_layers(model: nn.Module) -> list[CacheLayer]:
+    """Return the model's cache layers, found by running it once on two tokens.
+
+    Raises:
+        ExportError: If the model does not keep plain keys and values of every token.
+    """
+    cache = DynamicCache()
+    tokens = torch.zeros(1, 2, dtype=torch.long)
+    with torch.no_grad():
+        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, use_cache=True)
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None:
+            continue
+        if keys.dim() != 4 or keys.shape[2] != 2 or values.shape[2] != 2:
+            raise ExportError(
+                f"cache layer {index} holds keys of shape {tuple(keys.shape)} after two tokens",
+                "export models whose cache is (batch, heads, tokens, head size)",
+            )
+        layers.append(CacheLayer(index=index, key=_heads(keys), value=_heads(values)))
+    if not layers:
+        raise ExportError("the model filled no DynamicCache", "export causal language models that take one")
+    return layers
+
+
+def example_inputs(layers: list[CacheLayer]) -> tuple[Any, ...]:
+    """Return the small inputs with which `CachedDecoder` is traced."""
+    total = _PAST + _SEQUENCE
+    past = [
+        torch.zeros(_BATCH, heads, _PAST, size)
+        for layer in layers
+        for heads, size in (layer.key, layer.value)
+    ]
+    ids = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long)
+    mask = torch.ones(_BATCH, total, dtype=torch.long)
+    positions = torch.arange(_PAST, total).repeat(_BATCH, 1)
+    return ids, mask, positions, past
+
+
+def dynamic_shapes(layers: list[CacheLayer]) -> tuple[Any, ...]:
+    """Return which axes of `example_inputs` are free.
+
+    One named dimension is shared by all layers: with a symbol for each of them, tracing takes three times as
+    long. The mask's length is `past + sequence`, which the tracer finds by itself.
+    """
+    batch, sequence, past = (torch.export.Dim(name) for name in (BATCH, SEQUENCE, PAST))
+    tokens = {0: batch, 1: sequence}
+    mask = {0: batch, 1: torch.export.Dim.AUTO}
+    return tokens, mask, tokens, [{0: batch, 2: past} for _ in range(2 * len(layers))]
+
+
+def cache_names(layers: list[CacheLayer], prefix: str) -> list[str]:
+    """Return `prefix.N.key`, `prefix.N.value` for each layer, in the order of the flat cache."""
+    return [f"{prefix}.{layer.index}.{part}" for layer in layers for part in ("key", "value")]
+
+
+def _heads(tensor: Tensor) -> tuple[int, int]:
+    return tensor.shape[1], tensor.shape[3]

@@ -1,0 +1,113 @@
+"""The weights that an exported file really holds, read by the operators' published definitions alone.
+
+Nothing here is shared with the code that writes files: constant inputs are computed by onnx's reference
+implementation, and quantized operators are unpacked in numpy as their schema says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+Array = npt.NDArray[Any]
+Read = Callable[[ir.Node], Array]
+
+# bitsandbytes' table, which is the one in ONNX Runtime's MatMulBnb4.
+_NF4 = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+        1.0,
+    ],
+    dtype=np.float32,
+)  # fmt: skip
+
+
+def file_weights(path: Path) -> Iterator[tuple[str, Array]]:
+    """Yield the module's name and its dense weight (out, in) for each quantized operator of a file.
+
+    A module whose weight is unpacked by standard operators is not yielded. The name is what stands before the
+    slash in the operator's own name.
+    """
+    model = ir.load(path)
+    for node in model.graph:
+        read = _READERS.get(node.op_type)
+        if read is not None and node.name is not None:
+            yield node.name.split("/")[0], read(node)
+
+
+def initializer(path: Path, name: str) -> Array | None:
+    """Return an initializer of the file, or None if there is none of this name."""
+    value = ir.load(path).graph.initializers.get(name)
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def _matmul_n_bits(node: ir.Node) -> Array:
+    rows, columns, bits, block = (_integer(node, name) for name in ("N", "K", "bits", "block_size"))
+    codes = _unpack_low_first(constant(node.inputs[1]).reshape(rows, -1), bits)
+    scales = constant(node.inputs[2]).reshape(rows, -1)
+    return _scale(codes, scales, bits, block)[:, :columns]
+
+
+def _gather_block_quantized(node: ir.Node) -> Array:
+    bits, block = _integer(node, "bits"), _integer(node, "block_size")
+    return _scale(_unpack_low_first(constant(node.inputs[0]), bits), constant(node.inputs[2]), bits, block)
+
+
+def _matmul_bnb4(node: ir.Node) -> Array:
+    rows, columns, block = (_integer(node, name) for name in ("N", "K", "block_size"))
+    packed = constant(node.inputs[1]).reshape(-1, 1)
+    levels = _NF4[np.concatenate([packed >> 4, packed & 15], axis=1).reshape(-1)[: rows * columns]]
+    absmax = np.repeat(constant(node.inputs[2]), block)[: rows * columns]
+    return (levels * absmax).reshape(rows, columns)
+
+
+_READERS: dict[str, Read] = {
+    "MatMulNBits": _matmul_n_bits,
+    "GatherBlockQuantized": _gather_block_quantized,
+    "MatMulBnb4": _matmul_bnb4,
+}
+
+
+def constant(value: ir.Value | None) -> Array:
+    """Compute a value that depends on initializers alone."""
+    if value is None:
+        raise ValueError("an input is missing")
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    producer = value.producer()
+    if producer is None:
+        raise ValueError(f"{value.name} is not constant")
+    feeds = {input.name: constant(input) for input in producer.inputs if input is not None}
+    proto = ir.to_proto(producer)
+    inputs = [
+        onnx.helper.make_tensor_value_info(str(name), onnx.TensorProto.UNDEFINED, None) for name in feeds
+    ]
+    outputs = [onnx.helper.make_tensor_value_info(str(value.name), onnx.TensorProto.UNDEFINED, None)]
+    graph = onnx.helper.make_graph([proto], "constant", inputs, outputs)
+    opsets = [onnx.helper.make_opsetid("", 23)]
+    return ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(None, feeds)[0]
+
+
+def _unpack_low_first(packed: Array, bits: int) -> Array:
+    """Unpack (rows, bytes) to (rows, codes): a byte's first code lies in its lowest bits."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (packed[:, :, None] >> shifts) & np.uint8(2**bits - 1)
+    return codes.reshape(len(packed), -1)
+
+
+def _scale(codes: Array, scales: Array, bits: int, block: int) -> Array:
+    centred = codes.astype(np.float32) - np.float32(2 ** (bits - 1))
+    return centred * np.repeat(scales, block, axis=1)[:, : codes.shape[1]]
+
+
+def _integer(node: ir.Node, name: str) -> int:
+    return node.attributes[name].as_int()

@@ -1,0 +1,92 @@
+"""What a matrix module becomes in ONNX: its weight, packed or dense, its adapter and its bias beside it."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from graphprune.errors import ExportError
+from graphprune.export.embeddings import write_embedding
+from graphprune.export.graph_writer import GraphWriter
+from graphprune.export.layouts import choose_layout
+from graphprune.export.packed_matrix import PackedMatrix
+from graphprune.export.stand_ins import DOMAIN, LINEAR
+from quant import QuantEmbedding, QuantizedTensor, QuantLinear
+
+RANK = "lora_rank"
+
+
+class ModuleWriter:
+    """Replaces the stand-ins of a graph by what their modules compute.
+
+    Args:
+        model: The model whose modules the stand-ins name.
+        graph: The graph with stand-ins.
+        exact: Whether to use only layouts that hold the quantized weights without rounding.
+    """
+
+    def __init__(self, model: nn.Module, graph: ir.Graph, *, exact: bool) -> None:
+        self._model = model
+        self._graph = graph
+        self._exact = exact
+        self._writer = GraphWriter(graph)
+        self._names: dict[tuple[int, ...], str] = {}
+
+    def write_all(self) -> None:
+        """Replace every stand-in of the graph."""
+        for node in [node for node in self._graph if node.domain == DOMAIN]:
+            name = node.attributes["module"].as_string()
+            self._writer.begin(name)
+            module = self._model.get_submodule(name)
+            x = node.inputs[0]
+            if x is None:
+                raise ExportError(f"the stand-in of {name} has no input", "report this as a bug")
+            write = self._linear if node.op_type == LINEAR else self._embedding
+            self._writer.replace(node, write(name, module, x))
+
+    def _linear(self, name: str, module: nn.Module, x: ir.Value) -> ir.Value:
+        if isinstance(module, QuantLinear):
+            weight = self._packed(name, module.quantized)
+            y = choose_layout(weight, exact=self._exact).write(self._writer, x, weight)
+            y = self._adapter(name, module, x, y)
+        else:
+            dense = self._dense(f"{name}.weight", module.get_parameter("weight"))
+            y = self._writer.node("MatMul", [x, self._writer.node("Transpose", [dense], perm=[1, 0])])
+        if "bias" not in dict(module.named_parameters(recurse=False)):
+            return y
+        return self._writer.node("Add", [y, self._dense(f"{name}.bias", module.get_parameter("bias"))])
+
+    def _embedding(self, name: str, module: nn.Module, ids: ir.Value) -> ir.Value:
+        if isinstance(module, QuantEmbedding):
+            return write_embedding(self._writer, ids, self._packed(name, module.quantized))
+        return self._writer.node(
+            "Gather", [self._dense(f"{name}.weight", module.get_parameter("weight")), ids], axis=0
+        )
+
+    def _adapter(self, name: str, module: QuantLinear, x: ir.Value, y: ir.Value) -> ir.Value:
+        """Add `scaling * (x A^T) B^T`, a branch whose two matrices a session can be fed anew, of any rank."""
+        if module.lora_A is None or module.lora_B is None:
+            return y
+        down, up, scaling = module.lora_A, module.lora_B, module.scaling
+        a = self._writer.initializer(f"{name}.lora_A.weight", lambda: _float32(down).T)
+        b = self._writer.initializer(f"{name}.lora_B.weight", lambda: _float32(up).T * scaling)
+        self._writer.make_overridable(a, [module.in_features, RANK])
+        self._writer.make_overridable(b, [RANK, module.out_features])
+        return self._writer.node(
+            "Add", [y, self._writer.node("MatMul", [self._writer.node("MatMul", [x, a]), b])]
+        )
+
+    def _packed(self, name: str, quantized: QuantizedTensor) -> PackedMatrix:
+        """Return the weight under the name of the first module that holds these very codes."""
+        key = (quantized.codes.data_ptr(), quantized.absmax.data_ptr())
+        return PackedMatrix.of(self._names.setdefault(key, f"{name}.weight"), quantized)
+
+    def _dense(self, name: str, tensor: Tensor) -> ir.Value:
+        """Return the initializer of a float tensor; a tensor that several modules share is stored once."""
+        key = (tensor.data_ptr(), *tensor.shape, *tensor.stride())
+        return self._writer.initializer(self._names.setdefault(key, name), lambda: _float32(tensor))
+
+
+def _float32(tensor: Tensor):  # type: ignore[no-untyped-def]
+    return tensor.detach().to("cpu", torch.float32).numpy()

@@ -1,0 +1,1 @@
+"""The stages in order, each resumable, in a run folder."""

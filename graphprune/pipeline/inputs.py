@@ -1,0 +1,104 @@
+"""What a run starts from, opened and checked before its folder is touched."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graphprune.errors import RecipeError
+from graphprune.recipe import Recipe
+from graphprune.saliency.registry import saliency_named
+from graphprune.source.model import ModelSource, find_model, load_config, load_tokenizer
+from graphprune.source.text import Windows, cut_windows, read_text
+from quant.codebooks import get_format
+from quant.errors import QuantError
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The model's place, its tokenizer, and the two texts as windows.
+
+    Attributes:
+        recipe: All settings.
+        source: Where the model is.
+        config: The model's configuration.
+        tokenizer: Its tokenizer.
+        train: Text to learn from.
+        evaluate: Text to judge by.
+        fingerprint: Of the recipe and everything above: a run folder belongs to one of these.
+    """
+
+    recipe: Recipe
+    source: ModelSource
+    config: Any
+    tokenizer: Any
+    train: Windows
+    evaluate: Windows
+    fingerprint: str
+
+
+def open_inputs(recipe: Recipe, base: Path) -> Inputs:
+    """Open everything that a recipe names.
+
+    Args:
+        recipe: The recipe.
+        base: The folder of its file; relative paths may start there.
+
+    Raises:
+        SourceError: If the model or a text cannot be opened, or a text is too short for one window.
+        RecipeError: If a saliency or a format does not exist.
+    """
+    _check_names(recipe)
+    data = recipe.data
+    train_text = read_text(data.train, data.field, base)
+    evaluate_text = read_text(data.evaluate, data.field, base)
+    if set(train_text) & set(evaluate_text):
+        raise RecipeError(
+            f"'{data.train}' and '{data.evaluate}' share documents", "judge by text that was not learned from"
+        )
+    source = find_model(_local(recipe.model.id, base))
+    tokenizer = load_tokenizer(source)
+    train = cut_windows(train_text, tokenizer, window=data.window, limit=data.train_windows, name=data.train)
+    evaluate = cut_windows(
+        evaluate_text, tokenizer, window=data.evaluate_window, limit=data.evaluate_windows, name=data.evaluate
+    )
+    digest = hashlib.sha256(recipe.digest.encode())
+    for part in (*train_text, *evaluate_text):
+        digest.update(part.encode())
+    digest.update(_model_stamp(source).encode())
+    return Inputs(recipe, source, load_config(source), tokenizer, train, evaluate, digest.hexdigest())
+
+
+def _check_names(recipe: Recipe) -> None:
+    saliency_named(recipe.prune.saliency)
+    for key, name in (
+        ("quantize.format", recipe.quantize.format),
+        ("quantize.embedding", recipe.quantize.embedding),
+    ):
+        try:
+            if name is not None:
+                get_format(name)
+        except QuantError as error:
+            raise RecipeError(f"{key}: {error.problem}", error.remedy) from error
+
+
+def _local(reference: str, base: Path) -> str:
+    beside = base / reference
+    return str(beside) if not Path(reference).is_dir() and beside.is_dir() else reference
+
+
+def _model_stamp(source: ModelSource) -> str:
+    """Return what tells one model from another without reading all of its weights."""
+    if not source.is_local:
+        return source.location
+    folder = Path(source.location)
+    files = sorted(folder.glob("*.safetensors"))
+    sizes = " ".join(f"{file.name}:{file.stat().st_size}:{_first_megabyte(file)}" for file in files)
+    return (folder / "config.json").read_text(encoding="utf-8") + sizes
+
+
+def _first_megabyte(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.sha256(opened.read(1 << 20)).hexdigest()

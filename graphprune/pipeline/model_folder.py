@@ -1,0 +1,121 @@
+"""The folders that other tools open: a transformers model, and a PEFT adapter tied to its base."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from graphprune import __version__
+from graphprune.errors import ShrinkError
+from graphprune.files import replacing, write_json, write_text
+from graphprune.pipeline.session import Session
+from graphprune.shrink.plan import Plan
+from graphprune.source.model import ModelSource, load_model
+from quant.linear import QuantLinear
+
+log = logging.getLogger(__name__)
+
+_CARD = """---
+tags: [graphprune, pruned]
+---
+# {name}, pruned
+
+{removed:.1%} of the parameters of `{source}` were removed by graphprune {version} (structured pruning: whole units of
+{kinds}; every layer has the same widths). `graphprune.json` holds which units went.
+
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("{folder}")
+
+Its licence is that of the model it was made from.
+"""
+
+
+def save_model(session: Session, model: Any, plan: Plan, surgery_error: float) -> None:
+    """Write the smaller model as a transformers folder, after stock transformers has opened it again.
+
+    Args:
+        session: The run.
+        model: The smaller model, adapters merged, with its fitting configuration.
+        plan: What was removed.
+        surgery_error: Distance of its logits from the masked model's.
+
+    Raises:
+        ShrinkError: If the reopened model's logits are not the same, bit for bit.
+    """
+    folder = session.path("model")
+    before = session.folder.measured("parameters")
+    after = sum(parameter.numel() for parameter in model.parameters())
+    with replacing(folder) as temporary:
+        model.save_pretrained(temporary)
+        session.inputs.tokenizer.save_pretrained(temporary)
+        _check_reload(model, temporary, session.examples)
+        record = {
+            "schema": "graphprune.model/1",
+            "graphprune_version": __version__,
+            "source": session.inputs.source.name,
+            "parameters": {"before": before, "after": after},
+            "surgery_error": surgery_error,
+            "removed": {name: list(units) for name, units in plan.items()},
+        }
+        write_json(temporary / "graphprune.json", record)
+        kinds = sorted({session.groups[name].kind.replace("_", " ") for name in plan})
+        card = _CARD.format(
+            name=session.inputs.source.name,
+            removed=1 - after / before,
+            source=session.inputs.source.name,
+            version=__version__,
+            kinds=", ".join(kinds),
+            folder=folder.name,
+        )
+        write_text(temporary / "README.md", card)
+
+
+def save_adapter(session: Session, model: Any) -> None:
+    """Write the adapters of a quantized model as a PEFT folder that names its base by hash.
+
+    The base is the quantized one: on the float model these adapters would correct errors that it does not have.
+    """
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantLinear) or module.lora_A is None or module.lora_B is None:
+            continue
+        layers.append(name)
+        scale = module.scaling**0.5  # PEFT reads alpha / rank = 1 from the configuration below
+        tensors[f"base_model.model.{name}.lora_A.weight"] = (module.lora_A.detach() * scale).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = (module.lora_B.detach() * scale).contiguous()
+    rank = session.recipe.quantize.rank
+    with replacing(session.path("adapter")) as temporary:
+        temporary.mkdir()
+        from peft import LoraConfig
+
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(layers), task_type="CAUSAL_LM")
+        config.inference_mode = True
+        config.base_model_name_or_path = "../quant"
+        config.save_pretrained(str(temporary))
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        base = {"file": "quant/quant.safetensors", "sha256": _sha256(session.path("quant/quant.safetensors"))}
+        write_json(temporary / "graphprune.json", {"schema": "graphprune.adapter/1", "base": base})
+
+
+def _check_reload(model: Any, folder: Path, examples: dict[str, Any]) -> None:
+    reopened = load_model(ModelSource("reopened", str(folder), True))
+    model.eval()
+    with torch.no_grad():
+        ours, theirs = model(**examples).logits, reopened(**examples).logits
+    if ours.shape != theirs.shape or not torch.equal(ours, theirs):
+        raise ShrinkError(
+            "the smaller model computes something else after save_pretrained and from_pretrained",
+            "please report this architecture: its configuration does not describe the smaller model",
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,85 @@
+"""A whole run: every stage in order, those that are done already skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from graphprune.errors import RunFolderError
+from graphprune.files import write_text
+from graphprune.pipeline import stages
+from graphprune.pipeline.folder import RunFolder, StageRecord, open_run_folder
+from graphprune.pipeline.inputs import open_inputs
+from graphprune.pipeline.measure import Stopwatch
+from graphprune.pipeline.progress import Reporter
+from graphprune.pipeline.session import Session
+from graphprune.pipeline.summary import report_stage
+from graphprune.recipe import dump_recipe, load_recipe
+from graphprune.report.schema import Report, read_report
+
+STAGES: dict[str, Callable[[Session], str]] = {
+    "evaluate": stages.dense_stage,
+    "trace": stages.trace_stage,
+    "certify": stages.certify_stage,
+    "prune": stages.prune_stage,
+    "reload": stages.reload_stage,
+    "quantize": stages.quantize_stage,
+    "recover": stages.recover_stage,
+    "export": stages.export_stage,
+    "speed": stages.speed_stage,
+}
+
+
+def run(
+    recipe_path: Path,
+    output: Path,
+    reporter: Reporter,
+    *,
+    model: str | None = None,
+    fresh: bool = False,
+    command: str = "graphprune run",
+) -> Report:
+    """Run a recipe.
+
+    Args:
+        recipe_path: The YAML file.
+        output: The run folder; a run of the same recipe and inputs in it is resumed.
+        reporter: Whom to tell.
+        model: Replaces the recipe's model.
+        fresh: Whether to discard an earlier run in `output`.
+        command: For the report: how to do it again.
+
+    Returns:
+        The report, which is also in the folder.
+
+    Raises:
+        GraphPruneError: With what is wrong and what to do. Bad input is found before the folder is touched.
+    """
+    recipe = load_recipe(recipe_path, {"model.id": model} if model else None)
+    reporter.say(f"recipe {recipe_path}, model {recipe.model.id}, into {output}")
+    inputs = open_inputs(recipe, recipe_path.resolve().parent)
+    with open_run_folder(output, inputs.fingerprint, fresh=fresh) as folder:
+        write_text(folder / "recipe.input.yaml", recipe_path.read_text(encoding="utf-8"))
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        with reporter.logging_to(folder / "log.txt"):
+            session = Session(inputs, folder, reporter)
+            reused = [name for name in STAGES if folder.done(name)]
+            for name, stage in STAGES.items():
+                _do(name, stage, session)
+            missing = [name for name in STAGES if not folder.done(name)]
+            if missing:
+                raise RunFolderError(f"stages were left out: {', '.join(missing)}", "run again")
+            report_stage(session, reused, command)
+    return read_report(output / "report.json")
+
+
+def _do(name: str, stage: Callable[[Session], str], session: Session) -> None:
+    folder: RunFolder = session.folder
+    record = folder.done(name)
+    if record:
+        session.reporter.say(f"{name:9} already done: {record.note}")
+        return
+    with Stopwatch() as watch:
+        note = stage(session)
+    folder.finish(name, StageRecord(watch.seconds, watch.peak_bytes, note))
+    session.reporter.say(f"{name:9} {watch.seconds:6.1f} s, {watch.peak_bytes / 1e9:.1f} GB: {note}")

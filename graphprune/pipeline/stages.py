@@ -1,0 +1,293 @@
+"""The stages. Each leaves its result in the run folder, whole, and returns a few words about it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphprune.certify.certificate import certify
+from graphprune.errors import ShrinkError, VerificationError
+from graphprune.export.runtime import OnnxDecoder
+from graphprune.export.verify import verify_onnx
+from graphprune.export.write import export_onnx
+from graphprune.files import remove, replacing, size_of, write_json, write_text
+from graphprune.pipeline.model_folder import save_adapter, save_model
+from graphprune.pipeline.session import Session
+from graphprune.prune.progressive import prune_progressively, unit_scores
+from graphprune.prune.training import Row
+from graphprune.recover.recovery import recover
+from graphprune.shrink.config import fit_config
+from graphprune.shrink.model import shrink
+from graphprune.shrink.plan import Plan
+from quant.apply import LoftQConfig, loftq_model
+from quant.storage import save_quantized
+
+Stage = Callable[[Session], str]
+
+# Surgery in float32 adds up in another order than the gated model; adapters are merged on the way.
+SURGERY_TOLERANCE = 1e-3
+# The exported model may be worse than the torch model that it was made from by this factor, no more.
+PERPLEXITY_FACTOR = 1.05
+
+
+def trace_stage(session: Session) -> str:
+    """Trace the model with adapters attached and write its node groups."""
+    with session.reporter.task("torch.export and coupling analysis"):
+        groups = session.groups
+    rows = groups.rows()
+    write_json(session.path("graph/groups.json"), {"schema": "graphprune.groups/1", "groups": rows})
+    session.folder.remember(parameters=_count(session))
+    prunable = sum(row["prunable"] for row in rows)
+    return f"{len(groups.graph.operators)} operators, {len(rows)} node groups, {prunable} prunable"
+
+
+def certify_stage(session: Session) -> str:
+    """Prove on the model's own weights that the groups are right."""
+    certificate = certify(session.adapted, session.groups, session.examples, seed=session.recipe.seed)
+    certificate.raise_if_failed()
+    write_json(session.path("graph/certificate.json"), certificate.row())
+    return (
+        f"{certificate.groups} groups permuted at once: {certificate.permuted_max_error:.1e}; "
+        f"removed against zeroed: {certificate.removed_max_error:.1e}"
+    )
+
+
+def dense_stage(session: Session) -> str:
+    """Measure the model as it came."""
+    session.detach_adapters()
+    value = session.judge(session.dense, "dense model")
+    texts = [session.write(session.dense, prompt) for prompt in session.recipe.report.prompts]
+    session.folder.remember(perplexity_dense=value, written_dense=texts)
+    return f"perplexity {value:.2f}"
+
+
+def prune_stage(session: Session) -> str:
+    """Score units, drive the redundant ones to zero, cut them out, and save the smaller model."""
+    settings, seed = session.recipe.prune, session.recipe.seed
+    model, groups = session.adapted, session.groups
+    with session.reporter.task(f"saliency ({settings.saliency})"):
+        scores = unit_scores(model, groups, settings, session.inputs.train, seed=seed)
+    steps = settings.warmup_steps + settings.periods * settings.period_steps + settings.settle_steps
+    with session.reporter.task("LHSPG", steps) as tick:
+        pruned = prune_progressively(
+            model,
+            groups,
+            settings,
+            session.inputs.train,
+            scores,
+            counted=session.counted,
+            example_inputs=session.examples,
+            seed=seed,
+            progress=lambda row: tick(row["step"] + 1, _words(row)),
+        )
+    _write_metrics(session.path("training/metrics.jsonl"), "prune", pruned.metrics)
+    small: Any = shrink(model, groups, pruned.plan, session.examples)
+    small = small.merge_and_unload()
+    with torch.no_grad():
+        distance = _distance(small(**session.examples).logits, pruned.masked_logits)
+    if not distance <= SURGERY_TOLERANCE:
+        raise ShrinkError(
+            f"the smaller model's logits are off by {distance:.1e} of the masked model's",
+            "please report this model",
+        )
+    small.config = fit_config(session.inputs.config, small, groups, pruned.plan)
+    budget = pruned.budget
+    pruned.plan.save(session.path("plan.json"), asked=budget.asked, achieved=budget.removed_share)
+    save_model(session, small, pruned.plan, distance)
+    session.folder.remember(
+        widths=[
+            {
+                "name": name,
+                "kind": groups[name].kind,
+                "before": groups[name].size,
+                "after": groups[name].size - count,
+            }
+            for name, count in budget.removed_units.items()
+        ],
+        parameters_after=budget.after,
+        surgery_error=distance,
+    )
+    return (
+        f"{budget.removed_share:.1%} of {budget.before / 1e6:.1f} M parameters removed (asked {budget.asked:.0%}); "
+        f"masked against shrunk: {distance:.1e}"
+    )
+
+
+def reload_stage(session: Session) -> str:
+    """Open the smaller model as stock transformers does, compare, and measure it."""
+    session.detach_adapters()
+    value = session.judge(session.pruned(), "pruned")
+    session.folder.remember(perplexity_pruned=value)
+    return f"opened by AutoModelForCausalLM; perplexity {value:.2f}"
+
+
+def quantize_stage(session: Session) -> str:
+    """LoftQ on every linear layer of the blocks."""
+    settings = session.recipe.quantize
+    model = session.pruned()
+    config = LoftQConfig(
+        format=settings.format,
+        block_size=settings.block_size,
+        rank=settings.rank,
+        iterations=settings.iterations,
+        exclude=_head_pattern(model),
+        embedding_format=settings.embedding,
+    )
+    torch.manual_seed(session.recipe.seed)
+    with session.reporter.task("LoftQ") as tick:
+        layers = loftq_model(model, config, lambda name, done, total: tick(done, f"of {total} {name}"))
+    model.eval()
+    with replacing(session.path("quant")) as temporary:
+        save_quantized(model, temporary)
+    session.quantized = model
+    value = session.judge(model, "quantized")
+    session.folder.remember(
+        perplexity_quantized=value,
+        layers=[
+            {
+                "name": layer.name,
+                "format": layer.format,
+                "shape": list(layer.shape),
+                "error_before": layer.errors[0],
+                "error_after": min(layer.errors),
+            }
+            for layer in layers
+        ],
+    )
+    mean = [
+        sum(errors) / len(layers)
+        for errors in zip(*((r.errors[0], min(r.errors)) for r in layers), strict=True)
+    ]
+    return f"{len(layers)} layers in {settings.format}: error {mean[0]:.3f} → {mean[1]:.3f}; perplexity {value:.2f}"
+
+
+def recover_stage(session: Session) -> str:
+    """Train the adapters on the quantized base."""
+    settings = session.recipe.recover
+    session.detach_adapters()
+    model = session.quantized
+    teacher = session.dense if settings.training.distill > 0 else None
+    with session.reporter.task("recovery", settings.steps) as tick:
+        rows = recover(
+            model,
+            teacher,
+            settings,
+            session.inputs.train,
+            seed=session.recipe.seed + 1,
+            progress=lambda row: tick(row["step"] + 1, f"loss {row['loss']:.3f}"),
+        )
+    _write_metrics(session.path("training/metrics.jsonl"), "recover", rows)
+    with replacing(session.path("quant")) as temporary:
+        save_quantized(model, temporary)
+    save_adapter(session, model)
+    value = session.judge(model, "recovered")
+    session.folder.remember(perplexity_recovered=value)
+    return f"{len(rows)} steps; perplexity {value:.2f}"
+
+
+def export_stage(session: Session) -> str:
+    """Write the ONNX model, and give it its final name only once it is verified."""
+    unverified = session.path("onnx.unverified")
+    remove(unverified)
+    plan = Plan.load(session.path("plan.json"))
+    metadata = {
+        "graphprune.plan": json.dumps({name: list(units) for name, units in plan.items()}),
+        "graphprune.source": session.inputs.source.name,
+    }
+    exact = session.recipe.export.weights == "exact"
+    with session.reporter.task("torch.onnx export"):
+        path = export_onnx(session.quantized, unverified, exact=exact, metadata=metadata)
+        session.inputs.tokenizer.save_pretrained(unverified)
+    settings = session.recipe.export
+    windows = [
+        row[: settings.verify_tokens].tolist()
+        for row in session.inputs.evaluate.ids[: settings.verify_windows]
+    ]
+    with session.reporter.task("verification against torch"):
+        verification = verify_onnx(path, session.quantized, windows)
+    value = session.judge_logits(_onnx_logits(OnnxDecoder(path)), "ONNX")
+    recovered = session.folder.measured("perplexity_recovered")
+    if value > PERPLEXITY_FACTOR * recovered:
+        raise VerificationError(
+            f"the ONNX model's perplexity is {value:.2f}, the torch model's {recovered:.2f}",
+            f"set export.weights to exact; the files are in {unverified}",
+        )
+    with replacing(session.path("onnx")) as temporary:
+        unverified.rename(temporary)
+    session.folder.remember(perplexity_onnx=value, verification=_verification_row(verification))
+    size = size_of(session.path("onnx/model.onnx")) + size_of(session.path("onnx/model.onnx.data"))
+    return f"{size / 1e6:.1f} MB; logits within {verification.max_abs_error:.1e}; perplexity {value:.2f}"
+
+
+def speed_stage(session: Session) -> str:
+    """Measure decoding speed beside the dense model's ONNX, and let the compact model write."""
+    settings = session.recipe.report
+    prompt = session.inputs.evaluate.ids[0, :16].tolist()
+    compact = OnnxDecoder(session.path("onnx/model.onnx"))
+    texts = [_written_by(session, compact, text) for text in settings.prompts]
+    with replacing(session.path("dense-onnx")) as scratch, session.reporter.task("dense ONNX for comparison"):
+        dense = OnnxDecoder(export_onnx(session.dense, scratch))
+        speeds = [d.decode_speed(prompt, settings.speed_tokens) for d in (dense, compact, dense, compact)]
+    del dense
+    remove(session.path("dense-onnx"))
+    dense_speed, compact_speed = max(speeds[0::2]), max(speeds[1::2])
+    session.folder.remember(speed_dense=dense_speed, speed_compact=compact_speed, written_compact=texts)
+    return f"{compact_speed:.1f} tokens/s, dense float32 {dense_speed:.1f}"
+
+
+def _written_by(session: Session, decoder: OnnxDecoder, prompt: str) -> str:
+    tokenizer = session.inputs.tokenizer
+    ids = decoder.greedy(
+        session.prompt_ids(prompt), session.recipe.report.new_tokens, eos_token_ids=[tokenizer.eos_token_id]
+    )
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _onnx_logits(decoder: OnnxDecoder) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda ids: torch.from_numpy(decoder.logits(ids.numpy()))
+
+
+def _count(session: Session) -> int:
+    return sum(p.numel() for name, p in session.adapted.named_parameters() if name in session.counted)
+
+
+def _head_pattern(model: Any) -> tuple[str, ...]:
+    """Return a pattern for the output head, which LoftQ leaves to the embedding's format."""
+    head = model.get_output_embeddings()
+    table = model.get_input_embeddings()
+    if head is None or table is None or head.weight is table.weight:
+        return ()
+    return tuple(f"^{re.escape(name)}$" for name, module in model.named_modules() if module is head)
+
+
+def _distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((ours - reference).abs().max() / reference.abs().max())
+
+
+def _words(row: Row) -> str:
+    return f"loss {row['loss']:.3f}, {row['zeroed']} of {row['target']} units gone"
+
+
+def _write_metrics(path: Path, stage: str, rows: list[Row]) -> None:
+    kept = [
+        line
+        for line in (path.read_text(encoding="utf-8").splitlines() if path.is_file() else [])
+        if json.loads(line)["stage"] != stage
+    ]
+    new = [json.dumps({"stage": stage, **row}, sort_keys=True) for row in rows]
+    write_text(path, "\n".join([*kept, *new]) + "\n")
+
+
+def _verification_row(verification: Any) -> dict[str, Any]:
+    return {
+        "max_abs_error": verification.max_abs_error,
+        "top1_agreement": verification.top1_agreement,
+        "kl": verification.kl,
+        "tokens": verification.tokens,
+        "checks": dict(verification.checks),
+    }

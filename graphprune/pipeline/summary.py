@@ -1,0 +1,189 @@
+"""From what a run measured to its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from graphprune.export.verify import LARGEST_KL, LEAST_TOP1
+from graphprune.files import size_of, write_json
+from graphprune.pipeline.session import Session
+from graphprune.report.page import write_report
+from graphprune.report.pictures import group_picture, training_picture, widths_picture
+from graphprune.report.schema import Report
+
+_PACKAGES = (
+    "graphprune",
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "networkx",
+    "numpy",
+)
+
+
+def report_stage(session: Session, reused: list[str], command: str) -> None:
+    """Write report.json, report.html, environment.json and the pictures.
+
+    Args:
+        session: The run, all of whose stages are done.
+        reused: Stages that an earlier call had done.
+        command: How to do it again.
+    """
+    groups = json.loads(session.path("graph/groups.json").read_text(encoding="utf-8"))["groups"]
+    metrics = [json.loads(line) for line in session.path("training/metrics.jsonl").read_text().splitlines()]
+    report = _report(session, groups, reused, command)
+    pictures = {
+        "groups": group_picture(groups, f"Node groups of one block of {report.model.name}"),
+        "widths": widths_picture([width.model_dump() for width in report.widths]),
+        "training": training_picture(metrics),
+    }
+    write_json(session.path("environment.json"), report.environment.model_dump())
+    paths = {"groups": "graph/groups.svg", "widths": "graph/widths.svg", "training": "training/curves.svg"}
+    write_report(session.folder.path, report, pictures, paths)
+
+
+def _report(session: Session, groups: list[dict[str, Any]], reused: list[str], command: str) -> Report:
+    measured = session.folder.manifest["measured"]
+    certificate = json.loads(session.path("graph/certificate.json").read_text(encoding="utf-8"))
+    recipe, before, after = session.recipe, measured["parameters"], measured["parameters_after"]
+    content = {
+        "schema": "graphprune.report/1",
+        "model": {
+            "name": session.inputs.source.name,
+            "source": recipe.model.id,
+            "architecture": (getattr(session.inputs.config, "architectures", None) or ["unknown"])[0],
+        },
+        "parameters": {
+            "before": before,
+            "after": after,
+            "asked_share": recipe.prune.remove,
+            "removed_share": 1 - after / before,
+        },
+        "bytes": _bytes(session, before),
+        "perplexity": _perplexity(session),
+        "tokens_per_second": {
+            "dense_onnx_fp32": measured["speed_dense"],
+            "compact_onnx": measured["speed_compact"],
+            "threads": torch.get_num_threads(),
+            "new_tokens": recipe.report.speed_tokens,
+        },
+        "certificate": {
+            name: certificate[name]
+            for name in ("groups", "permuted_max_error", "removed_max_error", "tolerance", "ok")
+        },
+        "verify": {
+            **measured["verification"],
+            "tolerances": {"top1_agreement": LEAST_TOP1, "kl": LARGEST_KL},
+        },
+        "stages": [
+            {"name": name, **record, "state": "reused" if name in reused else "done"}
+            for name, record in session.folder.manifest["stages"].items()
+        ],
+        "groups": _folded(groups),
+        "widths": measured["widths"],
+        "generations": [
+            {"prompt": prompt, "dense": dense, "compact": compact}
+            for prompt, dense, compact in zip(
+                recipe.report.prompts, measured["written_dense"], measured["written_compact"], strict=True
+            )
+        ],
+        "layers_quantized": measured["layers"],
+        "environment": environment(),
+        "seed": recipe.seed,
+        "recipe": recipe.model_dump(mode="json"),
+        "command": command,
+        "created": session.folder.manifest["created"],
+        "limits": _limits(session),
+    }
+    return Report.model_validate(content)
+
+
+def _bytes(session: Session, parameters: int) -> dict[str, int]:
+    onnx = size_of(session.path("onnx/model.onnx")) + size_of(session.path("onnx/model.onnx.data"))
+    pruned = sum(file.stat().st_size for file in session.path("model").glob("*.safetensors"))
+    return {"source": session.inputs.source.weight_bytes or 4 * parameters, "pruned": pruned, "onnx": onnx}
+
+
+def _perplexity(session: Session) -> dict[str, Any]:
+    measured, windows = session.folder.manifest["measured"], session.inputs.evaluate
+    stages = ("dense", "pruned", "quantized", "recovered", "onnx")
+    return {
+        **{stage: measured[f"perplexity_{stage}"] for stage in stages},
+        "protocol": {
+            "text": session.recipe.data.evaluate,
+            "tokens": windows.tokens,
+            "window": int(windows.ids.shape[1]),
+            "description": (
+                "documents joined by a blank line, tokenized once, cut into non-overlapping windows from the start; "
+                "every token but the first of a window is predicted; exp of the mean negative log-likelihood"
+            ),
+        },
+    }
+
+
+def _folded(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fold groups that are alike into one row each, in order of first appearance."""
+    counts = Counter(
+        (
+            row["kind"],
+            row["size"],
+            len(row["members"]),
+            row["parameters_per_unit"],
+            row["prunable"],
+            row["reason"],
+        )
+        for row in groups
+    )
+    names = ("kind", "size", "members", "parameters_per_unit", "prunable", "reason")
+    return [{**dict(zip(names, key, strict=True)), "count": count} for key, count in counts.items()]
+
+
+def _limits(session: Session) -> list[str]:
+    windows, recipe = session.inputs.evaluate, session.recipe
+    return [
+        f"Perplexity is measured on {windows.tokens} tokens of one text; differences of a few per cent are noise.",
+        f"{len(session.inputs.train)} windows of {recipe.data.window} tokens were there to learn from, once or twice: "
+        "a demonstration of the method, not of what it reaches with a real training budget.",
+        "Speeds are those of this machine at batch 1, the best of two alternating rounds, with whatever else it did.",
+        "Nothing here measures knowledge, safety or behaviour in conversation: test what you ship.",
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """Return the machine and the versions that a result depends on."""
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "memory_bytes": psutil.virtual_memory().total,
+        "versions": {name: version(name) for name in _PACKAGES} | {"onnxruntime": _onnxruntime_version()},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _onnxruntime_version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)

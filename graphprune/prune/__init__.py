@@ -1,0 +1,1 @@
+"""Which units go: progressive training and the plan."""

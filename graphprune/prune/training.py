@@ -1,0 +1,143 @@
+"""One training loop, for pruning and for recovery."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.errors import TrainingError
+from graphprune.recipe import Training
+
+Logits = Callable[[Tensor], Tensor]
+Row = dict[str, Any]
+
+
+class Progress(Protocol):
+    """Told after each step."""
+
+    def __call__(self, row: Row) -> None:
+        """Take the metrics of the step just done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is minimised: next-token loss, and the distance from a teacher's predictions.
+
+    Attributes:
+        student: From token ids (batch, window) to logits.
+        teacher: Likewise, without gradients; None to learn from the text alone.
+        distill: Weight of KL(teacher ‖ student), per token, in nats.
+        autocast: Whether to compute in bfloat16.
+    """
+
+    student: Logits
+    teacher: Logits | None
+    distill: float
+    autocast: bool
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return the loss of a batch, a scalar."""
+        with _precision(self.autocast):
+            predicted = self.student(ids)[:, :-1].flatten(0, 1).float()
+        loss = nn.functional.cross_entropy(predicted, ids[:, 1:].flatten())
+        if self.teacher is None or self.distill == 0:
+            return loss
+        with torch.no_grad(), _precision(self.autocast):
+            wanted = self.teacher(ids)[:, :-1].flatten(0, 1).float()
+        divergence = nn.functional.kl_div(
+            predicted.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True
+        )
+        return loss + self.distill * divergence
+
+
+def train(
+    batches: Iterator[Tensor],
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    warmup: int,
+    trainable: list[nn.Parameter],
+    observe: Callable[[], Row] | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Train for a number of steps: linear warm-up, then a cosine to a tenth, gradients clipped at norm 1.
+
+    Args:
+        batches: Token ids (batch, window), for ever.
+        objective: What to minimise.
+        optimizer: Its first parameter group is the one whose learning rate is scheduled.
+        steps: How many.
+        warmup: Steps of the warm-up.
+        trainable: Parameters whose gradients are clipped.
+        observe: Further numbers for each step's metrics.
+        progress: Told after each step.
+
+    Returns:
+        One row of metrics a step: ``step``, ``loss``, ``learning_rate`` and what `observe` adds.
+
+    Raises:
+        TrainingError: As soon as the loss is not finite.
+    """
+    base = optimizer.param_groups[0]["lr"]
+    rows: list[Row] = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = base * _rate(step, steps, warmup)
+        optimizer.zero_grad(set_to_none=True)
+        loss = objective(next(batches))
+        if not bool(loss.isfinite()):
+            raise TrainingError(
+                f"the loss became {float(loss)} at step {step}",
+                "lower the learning rate, or train in float32",
+            )
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        row: Row = {
+            "step": step,
+            "loss": float(loss.detach()),
+            "learning_rate": optimizer.param_groups[0]["lr"],
+        }
+        rows.append({**row, **(observe() if observe else {})})
+        if progress:
+            progress(rows[-1])
+    optimizer.param_groups[0]["lr"] = base
+    return rows
+
+
+def logits_of(model: nn.Module) -> Logits:
+    """Return the logits function of a causal language model, with gradients."""
+
+    def logits(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    return logits
+
+
+def use_bfloat16(training: Training) -> bool:
+    """Return whether to compute in bfloat16: as asked, or where the processor multiplies it natively."""
+    if training.precision != "auto":
+        return training.precision == "bfloat16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _precision(autocast: bool) -> Any:
+    if not autocast:
+        return nullcontext()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(device, dtype=torch.bfloat16)
+
+
+def _rate(step: int, steps: int, warmup: int) -> float:
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))

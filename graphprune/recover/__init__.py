@@ -1,0 +1,1 @@
+"""Training after surgery, on the quantized base."""

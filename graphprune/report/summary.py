@@ -1,0 +1,151 @@
+"""The report in a few lines: before and after, the checks, and the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphprune.report import formatting
+from graphprune.report.schema import Report
+
+_TITLES = {
+    "max_abs_error": "Logits of the ONNX model, greatest difference",
+    "top1_agreement": "Next token agrees",
+    "kl": "KL divergence of the next-token distribution",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A quantity before and after; the texts are formatted, the values are the report's own."""
+
+    title: str
+    before: float
+    after: float
+    before_text: str
+    after_text: str
+    change: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A measured number and its bound; `holds` is None where the report sets no bound."""
+
+    title: str
+    measured: float
+    bound: float | None
+    at_least: bool = False
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the measured number keeps to its bound."""
+        if self.bound is None:
+            return None
+        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
+
+
+def before_after(report: Report) -> list[Row]:
+    """Return the four rows that everyone asks for: parameters, bytes, perplexity, speed."""
+    parameters, size = report.parameters, report.bytes
+    perplexity, speed = report.perplexity, report.tokens_per_second
+    return [
+        Row(
+            title="Parameters",
+            before=parameters.before,
+            after=parameters.after,
+            before_text=formatting.count(parameters.before),
+            after_text=formatting.count(parameters.after),
+            change=formatting.change(parameters.before, parameters.after),
+        ),
+        Row(
+            title="Bytes on disk, source → ONNX",
+            before=size.source,
+            after=size.onnx,
+            before_text=formatting.size(size.source),
+            after_text=formatting.size(size.onnx),
+            change=formatting.change(size.source, size.onnx),
+        ),
+        Row(
+            title="Perplexity, dense → ONNX",
+            before=perplexity.dense,
+            after=perplexity.onnx,
+            before_text=formatting.number(perplexity.dense),
+            after_text=formatting.number(perplexity.onnx),
+            change=formatting.change(perplexity.dense, perplexity.onnx),
+        ),
+        Row(
+            title="Tokens per second, dense fp32 ONNX → ONNX",
+            before=speed.dense_onnx_fp32,
+            after=speed.compact_onnx,
+            before_text=formatting.number(speed.dense_onnx_fp32),
+            after_text=formatting.number(speed.compact_onnx),
+            change=formatting.times(speed.compact_onnx / speed.dense_onnx_fp32),
+        ),
+    ]
+
+
+def certificate_checks(report: Report) -> list[Check]:
+    """Return the two numbers of the certificate with their tolerance."""
+    certificate = report.certificate
+    return [
+        Check(
+            title="Units permuted, greatest change of the output",
+            measured=certificate.permuted_max_error,
+            bound=certificate.tolerance,
+        ),
+        Check(
+            title="Zeroed units removed, greatest change of the output",
+            measured=certificate.removed_max_error,
+            bound=certificate.tolerance,
+        ),
+    ]
+
+
+def verify_checks(report: Report) -> list[Check]:
+    """Return the measures of the ONNX model against the model that it was exported from."""
+    verify = report.verify
+    measures = {
+        "max_abs_error": verify.max_abs_error,
+        "top1_agreement": verify.top1_agreement,
+        "kl": verify.kl,
+    }
+    return [
+        Check(
+            title=_TITLES.get(name, name),
+            measured=measured,
+            bound=verify.tolerances.get(name),
+            at_least=name == "top1_agreement",
+        )
+        for name, measured in (measures | verify.checks).items()
+    ]
+
+
+def certificate_holds(report: Report) -> bool:
+    """Return whether the certificate says that it holds and its numbers agree."""
+    return report.certificate.ok and all(check.holds for check in certificate_checks(report))
+
+
+def verification_holds(report: Report) -> bool | None:
+    """Return whether all bounds on the ONNX model are kept; None where the report sets no bound."""
+    judged = [check.holds for check in verify_checks(report) if check.holds is not None]
+    return all(judged) if judged else None
+
+
+def verdict(report: Report) -> str:
+    """Return the report in one sentence, with its numbers; a failed check comes before all else."""
+    parameters, size, perplexity = report.parameters, report.bytes, report.perplexity
+    numbers = (
+        f"{report.model.name} lost {formatting.share(parameters.removed_share)} of its parameters and went "
+        f"from {formatting.size(size.source)} to {formatting.size(size.onnx)}; perplexity went from "
+        f"{formatting.number(perplexity.dense)} to {formatting.number(perplexity.onnx)}; decoding runs "
+        f"at {before_after(report)[3].change} the speed of the dense model"
+    )
+    failed = []
+    if not certificate_holds(report):
+        failed.append("the certificate of the node groups")
+    if verification_holds(report) is False:
+        failed.append("the verification of the ONNX model")
+    if failed:
+        return f"Do not use this model: {' and '.join(failed)} failed. {numbers}."
+    if verification_holds(report) is None:
+        return f"{numbers}; the certificate holds, and the ONNX model was measured without a bound."
+    return f"{numbers}; every check of the certificate and of the ONNX model holds."

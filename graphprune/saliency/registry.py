@@ -1,0 +1,70 @@
+"""The table of saliencies: each scores every unit, larger meaning keep."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor, nn
+
+from graphprune.coupling.groups import NodeGroups
+from graphprune.errors import RecipeError
+from graphprune.saliency.gates import Gates
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a saliency may look at.
+
+    Attributes:
+        model: The gated model.
+        groups: Its node groups.
+        gates: Gates on the groups to score.
+        batches: Token ids (batch, window), already limited to the calibration set.
+        loss: From a batch to the scalar that the model is judged by.
+    """
+
+    model: nn.Module
+    groups: NodeGroups
+    gates: Gates
+    batches: Iterable[Tensor]
+    loss: Callable[[Tensor], Tensor]
+
+
+Saliency = Callable[[Evidence], dict[str, Tensor]]
+
+_SALIENCIES: dict[str, Saliency] = {}
+_BUILT_IN = ("fisher", "magnitude", "taylor")
+
+
+def saliency(name: str) -> Callable[[Saliency], Saliency]:
+    """Register a function as the saliency called `name`; it returns scores (units,) by group."""
+
+    def register(function: Saliency) -> Saliency:
+        _SALIENCIES[name] = function
+        return function
+
+    return register
+
+
+def saliency_named(name: str) -> Saliency:
+    """Return a registered saliency.
+
+    Raises:
+        RecipeError: If there is none of that name.
+    """
+    _load()
+    if name not in _SALIENCIES:
+        close = difflib.get_close_matches(name, _SALIENCIES, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(sorted(_SALIENCIES))}"
+        raise RecipeError(f"there is no saliency '{name}'", hint)
+    return _SALIENCIES[name]
+
+
+@cache
+def _load() -> None:
+    for name in _BUILT_IN:
+        importlib.import_module(f"graphprune.saliency.{name}")

@@ -1,0 +1,1 @@
+"""A plan applied: a smaller graph, a smaller module, and its folder on disk."""

@@ -1,0 +1,103 @@
+"""A transformers configuration that builds the smaller model.
+
+Which field of a configuration holds which width is not looked up by the model's class. Every width that changed is a
+product of atoms; a field whose value is such a product is a candidate, and only a combination of candidates with which
+the stock class builds exactly the smaller model's shapes, on the meta device, is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from graphprune.coupling.groups import NodeGroups
+from graphprune.errors import ShrinkError
+from graphprune.shrink.plan import Plan
+
+Change = tuple[str, int, int]
+
+
+def fit_config(config: Any, model: nn.Module, groups: NodeGroups, plan: Plan) -> Any:
+    """Return a configuration with which the stock class builds `model`'s shapes.
+
+    Args:
+        config: The original model's.
+        model: The smaller model, adapters merged.
+        groups: The node groups of the original.
+        plan: What was removed: the same number of units from all groups of a kind and size.
+
+    Raises:
+        ShrinkError: If no choice of fields does it, as when layers have different widths.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    candidates = _candidates(config, _resizings(groups, plan))
+    for choice in _by_size(candidates):
+        changed = copy.deepcopy(config)
+        for field, _, after in choice:
+            setattr(changed, field, after)
+        if _shapes(changed) == wanted:
+            return changed
+    raise ShrinkError(
+        f"no setting of {type(config).__name__} describes the smaller model",
+        "prune the same number of units from every layer (uniform layout)",
+    )
+
+
+def _resizings(groups: NodeGroups, plan: Plan) -> set[tuple[int, int]]:
+    """Return (before, after) of every width that changed: the atoms, and runs of factors that hold one."""
+    selection = groups.selection(plan.kept(groups))
+    found: set[tuple[int, int]] = set()
+    for name in plan:
+        group = groups[name]
+        for member in group.members:
+            axes = groups.axes(member.parameter)
+            for factors in _runs(groups, axes[member.axis] if axes else group.atom):
+                before = after = 1
+                for factor in factors:
+                    before *= factor.size
+                    after *= len(groups.keep(factor, selection))
+                if before != after:
+                    found.add((before, after))
+    return found
+
+
+def _runs(groups: NodeGroups, layout: Any) -> Iterator[tuple[Any, ...]]:
+    factors = groups.factors(layout)
+    for start, end in itertools.combinations(range(len(factors) + 1), 2):
+        yield tuple(factors[start:end])
+
+
+def _candidates(config: Any, resizings: set[tuple[int, int]]) -> list[Change]:
+    fields = {
+        field: value
+        for field, value in config.to_dict().items()
+        if isinstance(value, int) and not isinstance(value, bool) and hasattr(config, field)
+    }
+    return [
+        (field, old, new)
+        for field, old in sorted(fields.items())
+        for before, new in sorted(resizings)
+        if before == old
+    ]
+
+
+def _by_size(candidates: list[Change]) -> Iterator[tuple[Change, ...]]:
+    for count in range(1, min(len(candidates), 6) + 1):
+        for choice in itertools.combinations(candidates, count):
+            if len({field for field, _, _ in choice}) == count:
+                yield choice
+
+
+def _shapes(config: Any) -> Mapping[str, tuple[int, ...]] | None:
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, RuntimeError, TypeError, AttributeError, ZeroDivisionError):
+        return None  # the class refuses this combination: not the one
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,0 +1,99 @@
+"""The plan: which units to remove."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from graphprune.coupling.groups import NodeGroups
+from graphprune.coupling.selection import Indices
+from graphprune.errors import RecipeError, ShrinkError
+from graphprune.files import write_json
+
+SCHEMA = "graphprune.plan/1"
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[str, tuple[int, ...]]):
+    """Units to remove, by group name; sorted, without repetition, groups that lose nothing left out.
+
+    Args:
+        removed: Units to remove, by group name.
+    """
+
+    removed: Mapping[str, Sequence[int]]
+
+    def __post_init__(self) -> None:
+        cleaned = {name: tuple(sorted({int(unit) for unit in units})) for name, units in self.removed.items()}
+        object.__setattr__(
+            self, "removed", {name: cleaned[name] for name in sorted(cleaned) if cleaned[name]}
+        )
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        return tuple(self.removed[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.removed)
+
+    def __len__(self) -> int:
+        return len(self.removed)
+
+    def check(self, groups: NodeGroups) -> None:
+        """Check that `groups` allow this plan.
+
+        Raises:
+            ShrinkError: If a group is unknown or unprunable, a unit does not exist, or none would be left.
+        """
+        for name, units in self.items():
+            group = groups[name]
+            if not group.prunable:
+                raise ShrinkError(
+                    f"group '{name}' cannot be pruned: {group.reason}", "leave it out of the plan"
+                )
+            if units[0] < 0 or units[-1] >= group.size:
+                raise ShrinkError(
+                    f"the plan removes unit {units[-1] if units[-1] >= group.size else units[0]} of '{name}', "
+                    f"which has {group.size}",
+                    "make the plan for this very model",
+                )
+            if len(units) == group.size:
+                raise ShrinkError(f"the plan removes every unit of '{name}'", "keep at least one")
+
+    def kept(self, groups: NodeGroups) -> dict[str, Indices]:
+        """Return the units that stay, in order, of every group that loses some."""
+        return {name: np.setdiff1d(np.arange(groups[name].size), units) for name, units in self.items()}
+
+    def then(self, later: Plan, groups: NodeGroups) -> Plan:
+        """Compose: this plan, followed by `later`, which counts units of the already smaller model."""
+        removed = {name: set(units) for name, units in self.items()}
+        for name, units in later.items():
+            survivors = np.setdiff1d(np.arange(groups[name].size), list(removed.get(name, ())))
+            removed.setdefault(name, set()).update(int(survivors[unit]) for unit in units)
+        return Plan({name: sorted(units) for name, units in removed.items()})
+
+    def save(self, path: Path, **extra: object) -> None:
+        """Write the plan as JSON; `extra` keys stand beside it."""
+        write_json(
+            path, {"schema": SCHEMA, "removed": {name: list(units) for name, units in self.items()}, **extra}
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            RecipeError: If the file is not such a plan.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["schema"] != SCHEMA:
+                raise ValueError(f"its schema is {content['schema']}")
+            return cls(content["removed"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RecipeError(
+                f"{path} is not a plan: {error}", f"give a JSON file with schema {SCHEMA} and units by group"
+            ) from error

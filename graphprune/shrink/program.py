@@ -1,0 +1,76 @@
+"""The exported program as something that runs on any weights: permuted, zeroed, or sliced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_flatten
+
+from graphprune.trace.fx import GUARDS
+
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER)
+
+
+class Program:
+    """A traced model whose weights are given at each call.
+
+    Args:
+        exported: What the operator graph was made of; it is copied.
+    """
+
+    def __init__(self, exported: ExportedProgram) -> None:
+        self.module: fx.GraphModule = copy.deepcopy(exported.graph_module)
+        self._specs = tuple(exported.graph_signature.input_specs)
+        self._constants = {
+            name: item for name, item in exported.constants.items() if isinstance(item, Tensor)
+        }
+        self._keywords = tuple(exported.example_inputs[1]) if exported.example_inputs else ()
+        for node in list(self.module.graph.nodes):
+            if str(node.target) in GUARDS:
+                self.module.graph.erase_node(node)
+        self.module.recompile()
+
+    @property
+    def weight_names(self) -> dict[str, str]:
+        """Qualified names of weights by the name of their placeholder node."""
+        return {spec.arg.name: spec.target for spec in self._specs if spec.kind in _WEIGHTS and spec.target}
+
+    def in_double(self) -> Program:
+        """Return the same program with every float type in it replaced by float64."""
+        twin = copy.copy(self)
+        twin.module = copy.deepcopy(self.module)
+        for node in twin.module.graph.nodes:
+            node.args = fx.node.map_aggregate(node.args, _widen)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, _widen)
+        twin.module.recompile()
+        twin._constants = {name: _double(constant) for name, constant in self._constants.items()}
+        return twin
+
+    def __call__(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """Run on `weights` by qualified name and on the example inputs' keywords; return the tensor outputs."""
+        given = iter(tree_flatten(((), {name: inputs[name] for name in self._keywords or inputs}))[0])
+        arguments = []
+        for spec in self._specs:
+            if spec.kind in _WEIGHTS:
+                arguments.append(weights[spec.target or ""])
+            elif spec.kind is InputKind.CONSTANT_TENSOR:
+                arguments.append(self._constants[spec.target or ""])
+            else:
+                arguments.append(next(given))
+        with torch.no_grad():
+            outputs = self.module(*arguments)
+        return tuple(item for item in tree_flatten(outputs)[0] if isinstance(item, Tensor))
+
+
+def _widen(argument: Any) -> Any:
+    return torch.float64 if argument in (torch.float32, torch.float16, torch.bfloat16) else argument
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

@@ -1,0 +1,1 @@
+"""A model as an operator graph; one file for each front end."""

@@ -1,0 +1,39 @@
+"""Low-bit weights in PyTorch: codebooks, packing, LoftQ, and layers that train adapters over packed weights.
+
+Stands alone: it needs torch, numpy and safetensors, and nothing of graphprune.
+"""
+
+from __future__ import annotations
+
+from quant.apply import LayerReport, LoftQConfig, loftq_model
+from quant.blockwise import QuantizedTensor, quantize
+from quant.codebooks import Format, format_names, get_format, register_format
+from quant.embedding import QuantEmbedding
+from quant.errors import QuantError
+from quant.linear import QuantLinear
+from quant.loftq import LoftQResult, loftq
+from quant.packed import cache_dequantized
+from quant.packing import pack, unpack
+from quant.storage import load_quantized_, save_quantized
+
+__all__ = [
+    "Format",
+    "LayerReport",
+    "LoftQConfig",
+    "LoftQResult",
+    "QuantEmbedding",
+    "QuantError",
+    "QuantLinear",
+    "QuantizedTensor",
+    "cache_dequantized",
+    "format_names",
+    "get_format",
+    "load_quantized_",
+    "loftq",
+    "loftq_model",
+    "pack",
+    "quantize",
+    "register_format",
+    "save_quantized",
+    "unpack",
+]

@@ -1,0 +1,55 @@
+"""An embedding with a packed, frozen weight."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quant.blockwise import QuantizedTensor
+from quant.codebooks import get_format
+from quant.packed import PackedWeight
+
+
+class QuantEmbedding(PackedWeight):
+    """Rows of a packed matrix, looked up by index.
+
+    Where a row is a whole number of blocks, only the rows asked for are dequantized, else the whole matrix.
+
+    Args:
+        quantized: (num_embeddings, embedding_dim).
+        dtype: The dtype of the output; `to(dtype)` changes it.
+
+    Attributes:
+        num_embeddings: Number of rows.
+        embedding_dim: Length of a row.
+
+    Raises:
+        QuantError: The tensor is not a matrix.
+    """
+
+    def __init__(self, quantized: QuantizedTensor, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(quantized, dtype)
+        self.num_embeddings, self.embedding_dim = quantized.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (num_embeddings, embedding_dim), computed anew at each access."""
+        return self.quantized.dequantize(self.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows (..., embedding_dim) of the integer indices `input` (...)."""
+        if self.embedding_dim % self.block_size:
+            return functional.embedding(input, self.weight)
+        row_bytes = self.embedding_dim * get_format(self.format).bits // 8
+        index = input.reshape(-1)
+        rows = QuantizedTensor(
+            codes=self.codes.view(self.num_embeddings, row_bytes).index_select(0, index).view(-1),
+            absmax=self.absmax.view(self.num_embeddings, -1).index_select(0, index).view(-1),
+            shape=(math.prod(input.shape), self.embedding_dim),
+            format=self.format,
+            block_size=self.block_size,
+        )
+        return rows.dequantize(self.dtype).view(*input.shape, self.embedding_dim)

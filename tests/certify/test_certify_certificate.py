@@ -1,0 +1,192 @@
+"""The certificate holds on right groups and fails on every kind of wrong one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import traced
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from graphprune.certify.certificate import certify
+from graphprune.coupling import analysis
+from graphprune.coupling.groups import node_groups
+from graphprune.errors import CouplingError, VerificationError
+from graphprune.shrink import resize
+from graphprune.trace.fx import trace
+
+
+def test_llama_with_adapters_is_certified(adapted):
+    certificate = certify(adapted.model, adapted.groups, adapted.inputs)
+    assert certificate.groups == len(adapted.groups) - 1  # all but the vocabulary
+    assert certificate.permuted_max_error < 1e-12
+    assert certificate.removed_max_error < 1e-12
+    assert certificate.removed_effect > 1e-2
+    assert certificate.failures == ()
+    certificate.raise_if_failed()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_random_choice_of_units_is_certified(llama, seed):
+    assert certify(llama.model, llama.groups, llama.inputs, seed=seed).ok
+
+
+def test_the_model_is_not_changed(llama):
+    before = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
+    certify(llama.model, llama.groups, llama.inputs)
+    assert all(torch.equal(before[name], tensor) for name, tensor in llama.model.state_dict().items())
+
+
+def broken_rule(monkeypatch, target, rule):
+    real = analysis.rule_for
+    monkeypatch.setattr(analysis, "rule_for", lambda name: rule if name == target else real(name))
+
+
+def test_a_rule_that_does_not_couple_is_caught(monkeypatch, build_llama):
+    """gate × up whose operands are taken for independent."""
+
+    def one_sided(operator, algebra):
+        return algebra.broadcast(operator.inputs[:1], operator.outputs[0].shape)
+
+    broken_rule(monkeypatch, "aten.mul.Tensor", one_sided)
+    wrong = traced(build_llama())
+    certificate = certify(wrong.model, wrong.groups, wrong.inputs)
+    assert not certificate.ok
+    assert any("mlp" in name for name in certificate.failures)
+    with pytest.raises(VerificationError, match="node groups are wrong"):
+        certificate.raise_if_failed()
+
+
+def test_a_rule_that_reads_segments_in_the_wrong_order_is_caught(monkeypatch, build_llama):
+    """A concatenation taken the other way round breaks rotary embedding."""
+
+    def backwards(operator, algebra):
+        values = operator["tensors"]
+        axes = list(algebra[values[0]])
+        axes[-1] = algebra.concat([algebra[value][-1] for value in reversed(values)])
+        return axes
+
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.c(torch.cat([self.a(x), self.b(x)], -1))
+
+    broken_rule(monkeypatch, "aten.cat.default", backwards)
+    torch.manual_seed(0)
+    model, inputs = Fused(), {"x": torch.randn(5, 3)}
+    assert not certify(model, node_groups(trace(model, inputs)), inputs).ok
+
+
+def test_a_size_left_stale_is_caught(monkeypatch, adapted):
+    """A mean that divides by the new width instead of the old one."""
+    monkeypatch.setitem(resize._RESIZERS, "aten.mean.dim", lambda sizes, node: None)
+    certificate = certify(adapted.model, adapted.groups, adapted.inputs)
+    assert certificate.permuted_max_error < 1e-12
+    assert certificate.removed_max_error > 1e-6
+    assert any(name.endswith(":hidden") for name in certificate.failures)
+
+
+def test_a_member_dropped_is_caught(adapted, monkeypatch):
+    """One adapter that does not follow its layer."""
+    from graphprune.certify import certificate as module
+
+    real = module.select_weight
+
+    def forgetful(name, tensor, groups, kept):
+        return (
+            tensor
+            if name.endswith("layers.1.mlp.up_proj.base_layer.weight")
+            else real(name, tensor, groups, kept)
+        )
+
+    monkeypatch.setattr(module, "select_weight", forgetful)
+    monkeypatch.setattr(module._Trial, "removed_error", lambda self, groups: (0.0, 1.0))
+    assert certify(adapted.model, adapted.groups, adapted.inputs).permuted_max_error > 1e-6
+
+
+def test_nothing_to_permute_is_an_error():
+    model = nn.Linear(3, 2)
+    inputs = {"input": torch.zeros(4, 3)}
+    with pytest.raises(CouplingError, match="no group can be permuted"):
+        certify(model, node_groups(trace(model, inputs)), inputs)
+
+
+class Generated(nn.Module):
+    """A chain of blocks drawn by hypothesis, on a residual stream."""
+
+    def __init__(self, blocks: list[str], heads: int, width: int) -> None:
+        super().__init__()
+        self.blocks, self.heads, self.width = blocks, heads, width
+        size = heads * width
+        self.inward, self.outward = nn.Linear(3, size), nn.Linear(size, 2)
+        self.layers = nn.ModuleList(nn.ModuleDict(self._parts(block, size)) for block in blocks)
+
+    def _parts(self, block: str, size: int) -> dict[str, nn.Module]:
+        if block == "gated":
+            return {"fused": nn.Linear(size, 10), "down": nn.Linear(5, size)}
+        if block == "attention":
+            return {"qkv": nn.Linear(size, 3 * size), "out": nn.Linear(size, size)}
+        if block == "interleaved":
+            return {"qkv": nn.Linear(size, 3 * size, bias=False), "out": nn.Linear(size, size)}
+        if block == "norm":
+            return {"norm": nn.LayerNorm(size)}
+        return {"a": nn.Linear(size, 4), "b": nn.Linear(size, 3), "down": nn.Linear(7, size)}
+
+    def forward(self, x):
+        x = self.inward(x)
+        for block, layer in zip(self.blocks, self.layers):
+            x = x + getattr(self, block)(layer, x)
+        return self.outward(x)
+
+    def gated(self, layer, x):
+        gate, up = layer["fused"](x).chunk(2, dim=-1)
+        return layer["down"](torch.sigmoid(gate) * up)
+
+    def attention(self, layer, x):
+        q, k, v = layer["qkv"](x).chunk(3, dim=-1)
+        q, k, v = (t.view(*t.shape[:-1], self.heads, self.width).transpose(1, 2) for t in (q, k, v))
+        return layer["out"](self._attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def interleaved(self, layer, x):
+        fused = layer["qkv"](x).view(*x.shape[:-1], self.heads, 3 * self.width).transpose(1, 2)
+        return layer["out"](self._attend(*fused.chunk(3, dim=-1)).transpose(1, 2).reshape(*x.shape))
+
+    def _attend(self, q, k, v):
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def norm(self, layer, x):
+        return layer["norm"](x)
+
+    def concat(self, layer, x):
+        return layer["down"](torch.cat([layer["a"](x), torch.relu(layer["b"](x))], -1))
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(
+        st.sampled_from(["gated", "attention", "interleaved", "norm", "concat"]), min_size=1, max_size=4
+    ),
+    st.integers(2, 3),
+    st.integers(2, 4),
+    st.integers(0, 99),
+)
+def test_generated_networks_are_certified_and_lose_no_group(blocks, heads, width, seed):
+    torch.manual_seed(seed)
+    model = Generated(blocks, heads, width).eval()
+    inputs = {"x": torch.randn(2, 7, 3)}
+    groups = node_groups(trace(model, inputs))
+    assert certify(model, groups, inputs, seed=seed).ok
+    prunable = sorted(group.size for group in groups.values() if group.prunable)
+    expected: list[int] = [] if "norm" in blocks else [heads * width]
+    for block in blocks:
+        if block == "gated":
+            expected += [5]
+        elif block == "concat":
+            expected += [4, 3]
+        elif block in ("attention", "interleaved"):
+            expected += [heads, width, width]  # heads, query-key width, value width
+    assert prunable == sorted(expected)

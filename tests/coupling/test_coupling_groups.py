@@ -1,0 +1,155 @@
+"""Which groups are found: golden tables, partition, reasons."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import networkx as nx
+import numpy as np
+import pytest
+import torch
+from conftest import FFN, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCABULARY, traced
+from torch import nn
+
+from graphprune.coupling.groups import node_groups
+from graphprune.coupling.rules import rule
+from graphprune.errors import CouplingError
+from graphprune.trace.fx import trace
+
+HEAD_DIM = HIDDEN // HEADS
+
+
+def table(groups):
+    return Counter((g.kind, g.size, len(g.members), g.prunable) for g in groups.values())
+
+
+def test_golden_table_of_a_grouped_query_llama(llama):
+    assert table(llama.groups) == {
+        ("vocabulary", VOCABULARY, 1, False): 1,
+        ("hidden", HIDDEN, 1 + 7 * LAYERS + 2 * LAYERS + 1, True): 1,
+        ("attention_heads", KV_HEADS, 4, True): LAYERS,
+        ("query_heads", HEADS // KV_HEADS, 2, True): LAYERS,
+        ("head_dim", HEAD_DIM // 2, 2 * LAYERS + 1, True): 1,  # rotary pairs, with the frequencies
+        ("head_dim", HEAD_DIM, 2, True): LAYERS,  # what values and outputs share
+        ("ffn", FFN, 3, True): LAYERS,
+    }
+
+
+def test_golden_table_with_adapters(adapted):
+    assert table(adapted.groups) == {
+        ("vocabulary", VOCABULARY, 1, False): 1,
+        ("hidden", HIDDEN, 1 + 14 * LAYERS + 2 * LAYERS + 1, True): 1,
+        ("attention_heads", KV_HEADS, 8, True): LAYERS,
+        ("query_heads", HEADS // KV_HEADS, 4, True): LAYERS,
+        ("head_dim", HEAD_DIM // 2, 4 * LAYERS + 1, True): 1,
+        ("head_dim", HEAD_DIM, 4, True): LAYERS,
+        ("ffn", FFN, 6, True): LAYERS,
+        ("lora_rank", 4, 2, True): 7 * LAYERS,
+    }
+
+
+def test_a_key_head_takes_its_query_heads_along(llama):
+    group = llama.groups[llama.of_kind("attention_heads")[0]]
+    by_name = {member.parameter.split(".")[-2]: member for member in group.members}
+    assert set(by_name) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    rows = HEADS // KV_HEADS * HEAD_DIM
+    assert llama.groups.indices(group, by_name["q_proj"], 1).tolist() == list(range(rows, 2 * rows))
+    assert llama.groups.indices(group, by_name["k_proj"], 1).tolist() == list(range(HEAD_DIM, 2 * HEAD_DIM))
+    assert (by_name["o_proj"].axis, by_name["o_proj"].side) == (1, "consumes")
+
+
+def test_parameters_per_unit_are_what_removing_one_frees(llama):
+    ffn = llama.groups[llama.of_kind("ffn")[0]]
+    assert ffn.parameters_per_unit == 3 * HIDDEN
+    heads = llama.groups[llama.of_kind("attention_heads")[0]]
+    assert heads.parameters_per_unit == (2 * HEADS // KV_HEADS + 2) * HEAD_DIM * HIDDEN
+
+
+def test_each_index_of_an_axis_has_one_owner_in_each_group_that_spans_it(adapted):
+    """Groups on one axis form a grid: together their owners tell every index from every other."""
+    owners = {}
+    for group in adapted.groups.values():
+        for member in group.members:
+            owner = adapted.groups.owner(group, member)
+            counts = np.bincount(owner[owner >= 0], minlength=group.size)
+            assert (counts == member.indices_per_unit).all()
+            owners.setdefault((member.parameter, member.axis), []).append(owner)
+    for (parameter, axis), found in owners.items():
+        size = adapted.groups.graph.weights[parameter].shape[axis]
+        halves = 2 if len({tuple(index) for index in np.stack(found).T}) * 2 == size else 1  # rotary halves
+        assert len({tuple(index) for index in np.stack(found).T}) * halves == size
+
+
+def test_groups_are_the_same_each_time(llama):
+    again = traced(llama.model)
+    assert list(again.groups) == list(llama.groups)
+    assert again.groups.rows() == llama.groups.rows()
+
+
+def test_the_path_of_operators_that_couples_two_weights_can_be_found(llama):
+    coupling = llama.groups.coupling
+    gate = llama.groups.axes("model.layers.0.mlp.gate_proj.weight")[0]
+    down = llama.groups.axes("model.layers.0.mlp.down_proj.weight")[1]
+    path = nx.shortest_path(coupling, gate.identity, down.identity)
+    assert len(path) >= 2
+    assert all("operator" in coupling.edges[edge] for edge in zip(path, path[1:]))
+
+
+def test_an_unknown_group_is_named(llama):
+    with pytest.raises(CouplingError, match="no node group 'nonsense'"):
+        llama.groups["nonsense"]
+
+
+class Norm(nn.Module):
+    """A residual stream under LayerNorm, and an operator that has no rule."""
+
+    def __init__(self, opaque: bool) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(5, 8), nn.LayerNorm(8)
+        self.up, self.down, self.last = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+        self.opaque = opaque
+
+    def forward(self, x):
+        x = self.first(x)
+        y = torch.relu(self.up(self.norm(x)))
+        if self.opaque:
+            y = torch.flip(y, [-1])
+        return self.last(x + self.down(y))
+
+
+def groups_of(model: nn.Module):
+    return node_groups(trace(model, {"x": torch.zeros(3, 5)}))
+
+
+def test_layer_norm_may_be_renumbered_but_not_cut():
+    hidden = next(g for g in groups_of(Norm(opaque=False)).values() if g.kind == "hidden")
+    assert (hidden.size, hidden.permutable, hidden.prunable) == (8, True, False)
+    assert "LayerNorm" in hidden.reason
+
+
+def test_what_an_operator_without_a_rule_touches_is_unprunable_by_its_name():
+    groups = groups_of(Norm(opaque=True))
+    width = next(g for g in groups.values() if g.size == 12 and len(g.members) == 2)
+    assert not width.permutable
+    assert width.reason == "operator aten.flip.default has no rule"
+    assert not any(group.prunable for group in groups.values())
+
+
+def test_inputs_and_outputs_are_reasons():
+    reasons = {g.size: g.reason for g in groups_of(Norm(opaque=False)).values()}
+    assert reasons[5] == "reaches the model's input 'x' axis 1"
+    assert reasons[3].startswith("reaches the model's output")
+
+
+def test_a_second_rule_for_an_operator_is_refused():
+    groups_of(Norm(opaque=False))  # loads the built-in rules
+    with pytest.raises(CouplingError, match="aten.linear.default already has a rule"):
+        rule("aten.linear.default")(lambda operator, algebra: [])
+
+
+def test_analysis_imports_no_torch():
+    import subprocess
+    import sys
+
+    code = "import graphprune.coupling.groups, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from graphprune.errors import TraceError
+from graphprune.trace.fx import trace
+from graphprune.trace.graph import Value
+
+
+def test_weights_keep_the_models_names_and_shapes(llama):
+    named = {**dict(llama.model.named_parameters()), **dict(llama.model.named_buffers())}
+    weights = llama.groups.graph.weights
+    assert set(weights) == set(named)
+    assert all(weights[name].shape == tuple(tensor.shape) for name, tensor in named.items())
+
+
+def test_a_tied_weight_stands_once_under_its_first_name(llama):
+    assert llama.groups.graph.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    read_by = [
+        o.target
+        for o in llama.groups.graph.operators
+        if any("embed" in v.name for v in o.inputs if v.is_weight)
+    ]
+    assert read_by == ["aten.embedding.default", "aten.linear.default"]
+
+
+def test_adapters_are_there_by_name(adapted):
+    names = [name for name in adapted.groups.graph.weights if "lora_A" in name]
+    assert len(names) == 2 * 7
+
+
+def test_arguments_carry_schema_names_and_defaults(llama):
+    attention = next(o for o in llama.groups.graph.operators if "scaled_dot_product" in o.target)
+    assert isinstance(attention["query"], Value)
+    assert attention["dropout_p"] == 0.0
+    assert attention["enable_gqa"] is False
+    assert attention.module == "model.layers.0.self_attn"
+
+
+def test_networkx_view_holds_every_operator_and_is_acyclic(llama):
+    import networkx as nx
+
+    graph = llama.groups.graph
+    view = graph.nx
+    operators = [node for node, data in view.nodes(data=True) if data["kind"] == "operator"]
+    assert len(operators) == len(graph.operators)
+    assert nx.is_directed_acyclic_graph(nx.DiGraph(view))
+    assert nx.has_path(view, "model.layers.0.mlp.gate_proj.weight", graph.outputs[0].name)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = nn.Linear(6, 10)
+
+    def forward(self, x):
+        first, second = self.fused(x).split([4, 6], dim=-1)
+        return first, second
+
+
+def test_several_results_of_one_operator_are_values_of_their_own():
+    graph = trace(Branches(), {"x": torch.zeros(2, 6)})
+    split = graph.operators[-1]
+    assert [value.shape for value in split.outputs] == [(2, 4), (2, 6)]
+    assert graph.outputs == split.outputs
+
+
+def test_tracing_changes_nothing_and_needs_no_weights(build_llama):
+    model = build_llama()
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    trace(model, {"input_ids": torch.ones(2, 11, dtype=torch.long), "use_cache": False})
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    on_meta = trace(
+        model.to("meta"),
+        {"input_ids": torch.ones(2, 11, dtype=torch.long, device="meta"), "use_cache": False},
+    )
+    assert len(on_meta.operators) > 50
+
+
+class Stubborn(nn.Module):
+    def forward(self, x):
+        return x * 2 if float(x.sum()) > 0 else x
+
+
+def test_a_model_that_cannot_be_exported_is_a_trace_error():
+    with pytest.raises(TraceError, match="Stubborn"):
+        trace(Stubborn(), {"x": torch.zeros(2)})
