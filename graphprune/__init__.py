@@ -25,12 +25,13 @@ _HOME = {
     "LHSPG": "graphprune.prune.lhspg",
     "NodeGroup": "graphprune.coupling.groups",
     "Plan": "graphprune.shrink.plan",
-    "certify": "graphprune.certify.certificate",
+    "certify": "graphprune.certify",
     "node_groups": "graphprune.coupling.groups",
     "rule": "graphprune.coupling.rules",
-    "shrink": "graphprune.shrink.model",
-    "trace": "graphprune.trace.fx",
+    "shrink": "graphprune.shrink",
+    "trace": "graphprune.trace",
 }
+_PACKAGES = ("certify", "shrink", "trace")  # called like the function that they are named after
 
 __all__ = ["LHSPG", "NodeGroup", "Plan", "certify", "node_groups", "rule", "shrink", "trace"]
 
@@ -38,7 +39,8 @@ __all__ = ["LHSPG", "NodeGroup", "Plan", "certify", "node_groups", "rule", "shri
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'graphprune' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    module = importlib.import_module(_HOME[name])
+    return module if name in _PACKAGES else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -156,7 +156,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _explain(error: ValidationError, path: Path, lines: dict[str, int]) -> RecipeError:
-    first = error.errors()[0]
+    # A misspelt key is also a missing one: say the former.
+    first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     line = next((lines[name] for name in _ancestors(key) if name in lines), 1)
     place = f"{path}:{line}"
@@ -231,7 +232,7 @@ def _construct(node: yaml.Node, key: str, path: Path, lines: dict[str, int]) -> 
 
 
 def _scalar(node: yaml.Node) -> Any:
-    """Read a scalar by YAML 1.2: `3e-4` is a number, `on` and `012` are not what YAML 1.1 makes of them."""
+    """Read a scalar by YAML 1.2: `3e-4` is a number, `on` a word, and `012` twelve."""
     text: str = node.value
     if getattr(node, "style", None) in ("'", '"', "|", ">"):
         return text
@@ -239,7 +240,7 @@ def _scalar(node: yaml.Node) -> Any:
         return None
     if text in ("true", "false"):
         return text == "true"
-    if re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text):
+    if re.fullmatch(r"[-+]?[0-9]+", text):
         return int(text)
     if re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", text):
         return float(text)

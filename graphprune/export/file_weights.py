@@ -16,6 +16,8 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from graphprune.errors import VerificationError
+
 Array = npt.NDArray[Any]
 Read = Callable[[ir.Node], Array]
 
@@ -42,12 +44,6 @@ def file_weights(path: Path) -> Iterator[tuple[str, Array]]:
         read = _READERS.get(node.op_type)
         if read is not None and node.name is not None:
             yield node.name.split("/")[0], read(node)
-
-
-def initializer(path: Path, name: str) -> Array | None:
-    """Return an initializer of the file, or None if there is none of this name."""
-    value = ir.load(path).graph.initializers.get(name)
-    return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def _matmul_n_bits(node: ir.Node) -> Array:
@@ -79,13 +75,14 @@ _READERS: dict[str, Read] = {
 
 def constant(value: ir.Value | None) -> Array:
     """Compute a value that depends on initializers alone."""
-    if value is None:
-        raise ValueError("an input is missing")
-    if value.const_value is not None:
+    if value is not None and value.const_value is not None:
         return value.const_value.numpy()
-    producer = value.producer()
-    if producer is None:
-        raise ValueError(f"{value.name} is not constant")
+    producer = None if value is None else value.producer()
+    if value is None or producer is None:
+        raise VerificationError(
+            f"a quantized weight depends on {value and value.name}, which is not stored",
+            "export the model again",
+        )
     feeds = {input.name: constant(input) for input in producer.inputs if input is not None}
     proto = ir.to_proto(producer)
     inputs = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,12 +90,24 @@ def verify_onnx(
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), replaced(model, rounded):
+        with torch.inference_mode(), _session_errors(path), replaced(model, rounded):
             checks |= _compare_exactly(path, model, windows)
             shipped = _compare_shipped(path, model, windows)
     finally:
         model.train(training)
     return _judge(path, checks, shipped, tolerance)
+
+
+@contextmanager
+def _session_errors(path: Path) -> Iterator[None]:
+    """Turn ONNX Runtime's errors, which have no common base, into one of ours."""
+    try:
+        yield
+    except Exception as err:
+        if not type(err).__module__.startswith("onnxruntime"):
+            raise
+        reason = str(err).strip().split("\n")[0]
+        raise VerificationError(f"{path} does not run: {reason}", "export it again") from err
 
 
 def _check_validity(path: Path) -> None:

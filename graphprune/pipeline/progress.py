@@ -36,9 +36,12 @@ class Reporter:
     @contextmanager
     def logging_to(self, path: Path) -> Iterator[None]:
         """Within the block, append every line to the file as well."""
-        with path.open("a", encoding="utf-8") as self._log:
-            yield
-        self._log = None
+        with path.open("a", encoding="utf-8") as log:
+            self._log = log
+            try:
+                yield
+            finally:
+                self._log = None
 
     def say(self, line: str) -> None:
         """Tell one line."""

@@ -87,7 +87,7 @@ class LHSPG(torch.optim.AdamW):
             self.state[gate] = {
                 "step": torch.zeros(()),  # AdamW looks for it in every state that it loads
                 "saliency": first.detach().clone().to(gate),
-                "redundant": torch.zeros(gate.shape, dtype=torch.bool, device=gate.device),
+                "redundant": torch.zeros_like(gate.data),  # 0 or 1: loading casts states to the gate's dtype
             }
 
     @property
@@ -139,12 +139,12 @@ class LHSPG(torch.optim.AdamW):
         redundant = self.state[gate]["redundant"]
         missing = due - int(redundant.sum())
         if missing > 0:
-            saliency = self.state[gate]["saliency"].masked_fill(redundant, float("inf"))
-            redundant[saliency.argsort(stable=True)[:missing]] = True
+            saliency = self.state[gate]["saliency"].masked_fill(redundant.bool(), float("inf"))
+            redundant[saliency.argsort(stable=True)[:missing]] = 1
 
     def _fade(self, gate: nn.Parameter, steps_left: int, half_space: float) -> None:
         """Take the period's λ off redundant gates and project those that leave the half-space."""
-        redundant = self.state[gate]["redundant"]
+        redundant = self.state[gate]["redundant"].bool()
         value = gate.data
         trial = value - value / steps_left
         gone = trial * value <= half_space * value.square()

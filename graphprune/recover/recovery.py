@@ -9,6 +9,7 @@ from graphprune.errors import TrainingError
 from graphprune.prune.training import Logits, Objective, Progress, Row, logits_of, train, use_bfloat16
 from graphprune.recipe import Recover
 from graphprune.source.text import Windows
+from quant.packed import cache_dequantized
 
 
 def recover(
@@ -40,18 +41,18 @@ def recover(
     if not adapters:
         raise TrainingError("the quantized model has no adapters to train", "raise quantize.rank")
     training = settings.training
+    autocast = use_bfloat16(training)
     wanted = None if teacher is None else _without_gradients(teacher)
-    rows = train(
-        windows.batches(training.batch_size, seed),
-        Objective(logits_of(model), wanted, training.distill, use_bfloat16(training)),
-        torch.optim.AdamW(adapters, lr=training.learning_rate, weight_decay=0.0),
-        steps=settings.steps,
-        warmup=max(1, settings.steps // 20),
-        trainable=adapters,
-        progress=progress,
-    )
-    model.eval()
-    return rows
+    with cache_dequantized(model, torch.bfloat16 if autocast else torch.float32):
+        return train(
+            windows.batches(training.batch_size, seed),
+            Objective(logits_of(model), wanted, training.distill, autocast),
+            torch.optim.AdamW(adapters, lr=training.learning_rate, weight_decay=0.0),
+            steps=settings.steps,
+            warmup=max(1, settings.steps // 20),
+            trainable=adapters,
+            progress=progress,
+        )
 
 
 def _without_gradients(teacher: nn.Module) -> Logits:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import traced
 from torch import nn
 
 from graphprune.certify.certificate import certify

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import LAYERS, RANK, VOCABULARY, Exported, randomize, tiny_llama, windows
+from exported_models import LAYERS, RANK, VOCABULARY, Exported, randomize, tiny_llama, windows
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 

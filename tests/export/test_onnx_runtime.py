@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import Exported, windows
+from exported_models import Exported, windows
 
 from graphprune.errors import ExportError
 from graphprune.export.genai import write_genai_config

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import Exported, windows
+from exported_models import Exported, windows
 from torch import nn
 
 import quant
@@ -114,8 +114,10 @@ def test_a_norm_that_differs_is_found(packed: Exported, packed_model: nn.Module)
         verify_onnx(packed.path, packed_model, windows(12, 8))
 
 
-@pytest.mark.parametrize("fault", ["positions", "past", "mask"])
-def test_a_cache_that_is_used_wrongly_is_found(packed: Exported, copy: Path, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "check"), [("positions", "decode"), ("past", "decode"), ("mask", "padded_batch")]
+)
+def test_a_cache_that_is_used_wrongly_is_found(packed: Exported, copy: Path, fault: str, check: str) -> None:
     """Faults that the plain pass of one text does not show."""
     model = ir.load(copy)
     inputs = {value.name: value for value in model.graph.inputs}
@@ -131,7 +133,7 @@ def test_a_cache_that_is_used_wrongly_is_found(packed: Exported, copy: Path, fau
                 node.replace_input_with(3, None)
                 node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
     ir.save(model, copy)
-    with pytest.raises(VerificationError, match=r"decode|padded_batch"):
+    with pytest.raises(VerificationError, match=check):
         verify_onnx(copy, packed.model, windows(14, 8))
 
 
@@ -188,6 +190,16 @@ def test_a_file_that_is_not_a_model_is_refused(packed: Exported, copy: Path) -> 
             node.op_type = "Atention"
     ir.save(model, copy)
     with pytest.raises(VerificationError, match="not a valid ONNX model"):
+        verify_onnx(copy, packed.model, windows(12, 8))
+
+
+def test_a_valid_file_that_does_not_run_is_refused(packed: Exported, copy: Path) -> None:
+    model = ir.load(copy)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.op_type = "MatMulNBit"
+    ir.save(model, copy)
+    with pytest.raises(VerificationError, match="does not run"):
         verify_onnx(copy, packed.model, windows(12, 8))
 
 

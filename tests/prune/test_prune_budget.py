@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_llama, traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

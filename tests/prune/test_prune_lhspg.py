@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_llama, traced
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import tiny_llama, traced
 from torch import nn
 
 from graphprune.errors import TrainingError
@@ -28,7 +28,7 @@ class Bench:
         self.adapters = [p for p in self.model.parameters() if p.requires_grad]
         settings = {"lr": 1e-2, "warmup_steps": 2, "periods": 2, "period_steps": 3, **options}
         units = settings.pop("units", 8)
-        self.optimizer = LHSPG(self.adapters, self.gates, {name: units for name in self.names}, **settings)
+        self.optimizer = LHSPG(self.adapters, self.gates, dict.fromkeys(self.names, units), **settings)
         self.loss = Objective(logits_of(self.model), None, 0.0, False)
 
     def steps(self, count: int) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_llama, traced
+from tiny_models import tiny_llama, traced
 from torch import nn
 
 from graphprune.errors import RecipeError, TrainingError

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def graphprune(*arguments, check=False):
+    return subprocess.run(
+        [sys.executable, "-m", "graphprune", *arguments],
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("statement", ["import graphprune", "import graphprune.cli"])
+def test_importing_loads_nothing_heavy(statement):
+    heavy = "{'torch', 'transformers', 'peft', 'onnx', 'matplotlib'}"
+    code = f"{statement}; import sys; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_help_names_the_command_and_its_options():
+    text = graphprune("--help", check=True).stdout
+    assert "run" in text
+    text = graphprune("run", "--help", check=True).stdout
+    assert all(option in text for option in ("--output", "--model", "--fresh"))
+
+
+def test_public_names_are_callable_in_whatever_order_they_are_imported():
+    code = """
+import graphprune as gp
+import graphprune.trace.fx, graphprune.shrink.model as model, graphprune.certify.certificate
+from graphprune.trace.fx import trace
+import torch
+layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval()
+inputs = {"input": torch.randn(5, 3)}
+groups = gp.node_groups(gp.trace(layers, inputs))
+name = next(name for name in groups if groups[name].prunable)
+assert gp.certify(layers, groups, inputs).ok
+small = gp.shrink(layers, groups, gp.Plan({name: [1]}), inputs)
+assert small[0].weight.shape == (3, 3)
+assert all(callable(getattr(gp, name)) for name in gp.__all__)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error():
+    import graphprune as gp
+
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        gp.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("run", "none.yaml", "-o", "RUN"), 2, "cannot read the recipe none.yaml"),
+        (("run",), 2, "Missing argument"),
+        (("rnu",), 2, "No such command"),
+    ],
+)
+def test_errors_are_one_message_and_an_exit_code(arguments, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = graphprune(*arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_key_is_reported_with_its_line(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("graphprune: 1\ndata: {train: a.txt, evaluate: b.txt}\nprune: {remvoe: 0.3}\n")
+    done = graphprune("run", str(recipe), "-o", str(tmp_path / "RUN"))
+    assert done.returncode == 2
+    assert "r.yaml:3: unknown key 'prune.remvoe'" in done.stderr
+    assert not (tmp_path / "RUN").exists()

@@ -1,0 +1,246 @@
+"""The whole recipe on a tiny Llama, from a folder to a verified ONNX file and a report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from graphprune.errors import GraphPruneError, RecipeError, RunFolderError, SourceError
+from graphprune.pipeline import run as module
+from graphprune.pipeline.progress import Reporter
+from graphprune.pipeline.run import STAGES, run
+from graphprune.report.schema import read_report
+
+SILENT = Reporter(None)
+
+
+@pytest.fixture(scope="module")
+def finished(bench, tmp_path_factory):
+    """One whole run, shared by the tests of this file; do not change it."""
+    folder = tmp_path_factory.mktemp("run") / "RUN"
+    return folder, run(bench.recipe, folder, SILENT)
+
+
+def content(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_every_file_that_is_promised_is_there(finished):
+    folder, _ = finished
+    expected = """
+        run.json recipe.input.yaml recipe.yaml environment.json log.txt plan.json report.html
+        report.json graph/groups.json graph/groups.svg graph/widths.svg graph/certificate.json
+        training/metrics.jsonl training/curves.svg model/config.json model/model.safetensors
+        model/tokenizer.json model/graphprune.json model/README.md adapter/adapter_config.json
+        adapter/adapter_model.safetensors adapter/graphprune.json quant/quant.safetensors
+        quant/quant.json onnx/model.onnx onnx/model.onnx.data onnx/tokenizer.json
+        onnx/genai_config.json
+    """.split()
+    assert [name for name in expected if not (folder / name).is_file()] == []
+    leftovers = [path for path in folder.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
+    assert leftovers == []
+    assert not (folder / "onnx.unverified").exists()
+
+
+def test_the_report_says_what_the_files_are(finished):
+    folder, report = finished
+    assert read_report(folder / "report.json") == report
+    weights = load_file(folder / "model" / "model.safetensors")
+    assert report.parameters.after == sum(tensor.size for tensor in weights.values())
+    assert report.parameters.after < report.parameters.before
+    assert abs(report.parameters.removed_share - 0.2) < 0.08
+    assert report.bytes.onnx == sum(
+        (folder / "onnx" / name).stat().st_size for name in ("model.onnx", "model.onnx.data")
+    )
+    assert report.certificate.ok
+    assert report.certificate.permuted_max_error <= 1e-9
+    assert report.certificate.removed_max_error <= 1e-9
+    assert report.perplexity.onnx <= 1.05 * report.perplexity.recovered
+    assert [stage.name for stage in report.stages] == list(STAGES)
+    assert all(stage.seconds > 0 and stage.peak_bytes > 0 for stage in report.stages)
+
+
+def test_the_plan_is_uniform_and_in_steps(finished):
+    folder, report = finished
+    widths = {(width.kind, width.before, width.after) for width in report.widths}
+    assert all(after % 16 == 0 for kind, _, after in widths if kind == "ffn")
+    assert len({kind for kind, _, _ in widths}) == len(widths)
+    removed = json.loads((folder / "plan.json").read_text())["removed"]
+    assert {width.name: width.before - width.after for width in report.widths} == {
+        n: len(u) for n, u in removed.items()
+    }
+
+
+def test_stock_transformers_opens_the_pruned_model_in_a_process_of_its_own(finished):
+    folder, report = finished
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as A; m = A.from_pretrained(sys.argv[1]);"
+        "print(sum(p.numel() for p in m.parameters())); assert 'graphprune' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder / "model")], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout.strip().splitlines()[-1]) == report.parameters.after
+
+
+def test_the_onnx_file_alone_answers_prompts(finished, bench):
+    """With onnxruntime and numpy only: prefill, then one token at a time, as a user would write it."""
+    import onnxruntime
+
+    folder, _ = finished
+    path = str(folder / "onnx" / "model.onnx")
+    onnx.checker.check_model(path, full_check=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    shapes = {i.name: i.shape for i in session.get_inputs()}
+    past = {
+        name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
+        for name, shape in shapes.items()
+        if "past" in name
+    }
+    ids, position, written = np.array([[5, 6, 7]]), 0, []
+    for _ in range(4):
+        length = ids.shape[1]
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": np.ones((1, position + length), np.int64),
+            "position_ids": np.arange(position, position + length)[None],
+            **past,
+        }
+        logits, *present = session.run(None, feeds)
+        assert np.isfinite(logits).all()
+        position += length
+        past = dict(zip(past, present))
+        ids = logits[:, -1:].argmax(-1)
+        written.append(int(ids[0, 0]))
+    from graphprune.export.runtime import OnnxDecoder
+
+    assert written == OnnxDecoder(folder / "onnx" / "model.onnx").greedy([5, 6, 7], 4)
+
+
+def test_the_adapter_opens_in_peft_on_the_base_that_it_names(finished):
+    """PEFT, on the de-quantized base, computes what the quantized model computes."""
+    import hashlib
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from quant.linear import QuantLinear
+    from quant.storage import load_quantized_
+
+    folder, _ = finished
+    named = json.loads((folder / "adapter" / "graphprune.json").read_text())["base"]
+    assert named["sha256"] == hashlib.sha256((folder / named["file"]).read_bytes()).hexdigest()
+    quantized = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    load_quantized_(quantized, folder / "quant")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    with torch.no_grad():
+        base.get_input_embeddings().weight.copy_(quantized.get_input_embeddings().quantized.dequantize())
+        for name, module in quantized.named_modules():
+            if isinstance(module, QuantLinear) and module.lora_A is not None:
+                base.get_submodule(name).weight.copy_(module.quantized.dequantize())
+        adapted = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+        ids = torch.arange(10)[None] + 4
+        torch.testing.assert_close(
+            adapted(input_ids=ids).logits, quantized(input_ids=ids).logits, atol=1e-5, rtol=1e-4
+        )
+
+
+def test_a_second_run_reuses_every_stage(finished, bench, monkeypatch):
+    folder, first = finished
+    before = content(folder / "onnx")
+
+    def forbidden(session):
+        raise AssertionError("a finished stage ran again")
+
+    monkeypatch.setattr(module, "STAGES", dict.fromkeys(STAGES, forbidden))
+    second = run(bench.recipe, folder, SILENT)
+    assert all(stage.state == "reused" for stage in second.stages)
+    assert second.perplexity == first.perplexity
+    assert content(folder / "onnx") == before
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_the_same(finished, bench, tmp_path, monkeypatch):
+    """Stopped before recovery; everything before it is kept, and the result is that of an undisturbed run."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(session):
+        raise Killed
+
+    monkeypatch.setattr(module, "STAGES", {**STAGES, "recover": die})
+    with pytest.raises(Killed):
+        run(bench.recipe, tmp_path / "RUN", SILENT)
+    assert set(json.loads((tmp_path / "RUN" / "run.json").read_text())["stages"]) == {
+        "evaluate", "trace", "certify", "prune", "reload", "quantize",
+    }  # fmt: skip
+    monkeypatch.setattr(module, "STAGES", STAGES)
+    resumed = run(bench.recipe, tmp_path / "RUN", SILENT)
+    _, undisturbed = finished
+    assert resumed.widths == undisturbed.widths
+    assert resumed.perplexity.onnx == pytest.approx(undisturbed.perplexity.onnx, rel=1e-5)
+    assert {stage.name for stage in resumed.stages if stage.state == "reused"} == {
+        "evaluate", "trace", "certify", "prune", "reload", "quantize",
+    }  # fmt: skip
+
+
+def test_a_stage_that_does_nothing_is_noticed(bench, tmp_path, monkeypatch):
+    """Each stage's result is needed by a later one or by the report."""
+    for name in ("trace", "certify", "prune", "quantize"):
+        monkeypatch.setattr(module, "STAGES", {**STAGES, name: lambda session: "skipped"})
+        with pytest.raises((GraphPruneError, OSError, KeyError, ValueError)):
+            run(bench.recipe, tmp_path / name, SILENT)
+        assert not (tmp_path / name / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (("id: tiny", "id: ./none"), SourceError, "there is no model './none'"),
+        (("remove: 0.2", "remove: 1.2"), RecipeError, "prune.remove is 1.2"),
+        (("rank: 4\n  alpha", "rnak: 4\n  alpha"), RecipeError, "did you mean 'rank'"),
+        (("evaluate: evaluate.txt", "evaluate: train.txt"), RecipeError, "share documents"),
+        (("evaluate_window: 32", "evaluate_window: 4000"), SourceError, "too short"),
+        (("format: nf4", "format: nf5"), RecipeError, "quantize.format"),
+        (("settle_steps: 1", "settle_steps: 1\n  saliency: magic"), RecipeError, "no saliency 'magic'"),
+        (("seed: 3", "seed: 4"), RunFolderError, "another recipe"),
+    ],
+)
+def test_bad_input_leaves_a_finished_run_as_it_was(finished, bench, change, error, message):
+    folder, _ = finished
+    before = content(folder)
+    with pytest.raises(error, match=message) as caught:
+        run(bench.with_recipe(change=change), folder, SILENT)
+    assert "→" in str(caught.value)
+    assert content(folder) == before
+
+
+def test_a_folder_of_somebody_else_is_not_touched(bench, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunFolderError, match="not a graphprune run"):
+        run(bench.recipe, tmp_path, SILENT, fresh=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_another_process_holds_is_refused(finished, bench):
+    from filelock import FileLock
+
+    folder, _ = finished
+    before = content(folder)
+    with (
+        FileLock(folder / ".lock"),
+        pytest.raises(RunFolderError, match="in use by another running graphprune"),
+    ):
+        run(bench.recipe, folder, SILENT)
+    assert content(folder) == before

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from graphprune.errors import RecipeError
+from graphprune.recipe import dump_recipe, load_recipe
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "recipes"
+GOOD = "graphprune: 1\ndata: {train: a.txt, evaluate: b.txt}\n"
+
+
+def written(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_that_ships_is_valid(path):
+    assert load_recipe(path).graphprune == 1
+
+
+def test_there_are_recipes_that_ship():
+    assert (EXAMPLES / "demo.yaml").is_file()
+
+
+def test_a_resolved_recipe_reads_back_the_same(tmp_path):
+    recipe = load_recipe(EXAMPLES / "demo.yaml")
+    again = load_recipe(written(tmp_path, dump_recipe(recipe)))
+    assert again == recipe
+    assert again.digest == recipe.digest
+
+
+def test_any_change_changes_the_digest(tmp_path):
+    recipe = load_recipe(EXAMPLES / "demo.yaml")
+    assert load_recipe(EXAMPLES / "demo.yaml", {"prune.remove": 0.25}).digest != recipe.digest
+
+
+def test_numbers_are_read_as_yaml_1_2_has_them(tmp_path):
+    recipe = load_recipe(
+        written(tmp_path, GOOD + "seed: 012\nprune: {remove: 2e-1, training: {learning_rate: 3e-4}}\n")
+    )
+    assert (recipe.seed, recipe.prune.remove, recipe.prune.training.learning_rate) == (12, 0.2, 3e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "prune: {remvoe: 0.2}\n", "recipe.yaml:3: unknown key 'prune.remvoe'\n  → did you mean 'remove'"),
+        (GOOD + "nonsense: 1\n", "recipe.yaml:3: unknown key 'nonsense'"),
+        (GOOD + "prune:\n  rank: 4\n  remove: 1.5\n", "recipe.yaml:5: prune.remove is 1.5"),
+        (GOOD + "prune: {remove: -0.1}\n", "prune.remove is -0.1"),
+        (GOOD + "prune: {remove: 0}\n", "prune.remove is 0"),
+        (GOOD + "prune: {remove: 1}\n", "prune.remove is 1"),
+        (GOOD + "prune: {remove: .nan}\n", "prune.remove"),
+        (GOOD + "prune: {rank: 2.5}\n", "prune.rank is 2.5"),
+        (GOOD + "prune: {rank: true}\n", "prune.rank is true"),
+        (GOOD + "seed: on\n", "seed is \"on\""),
+        (GOOD + "seed: 1\nseed: 2\n", "recipe.yaml:4: key 'seed' stands twice"),
+        ("graphprune: 1\n", "key 'data' is missing"),
+        ("graphprune: 2\ndata: {train: a, evaluate: b}\n", "graphprune is 2"),
+        ("- a\n- b\n", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+        ("a: [1\n", "is not YAML"),
+        ("a: !!python/object:os.system x\ngraphprune: 1\n", "unknown key 'a'"),
+        (b"\xff\xfe", "cannot read the recipe"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_with_line_and_key(tmp_path, text, message):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(written(tmp_path, text))
+    assert message in str(caught.value)
+    assert "→" in str(caught.value)
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_nothing_in_a_recipe_is_executed(tmp_path):
+    marker = tmp_path / "executed"
+    text = f"{GOOD}model: {{id: !!python/object/apply:pathlib.Path.touch ['{marker}']}}\n"
+    with pytest.raises(RecipeError):
+        load_recipe(written(tmp_path, text))
+    assert not marker.exists()
+
+
+def test_the_demo_recipe_names_every_section():
+    sections = set(yaml.safe_load((EXAMPLES / "demo.yaml").read_text()))
+    assert {"model", "data", "prune", "quantize", "recover", "export", "report"} <= sections
