@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -18,8 +18,12 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-Tick = Callable[[int, str], None]
-"""Called with how many steps are done now, and a few words."""
+
+class Tick(Protocol):
+    """Moves a task on."""
+
+    def __call__(self, done: int, words: str = "", total: int | None = None) -> None:
+        """Say how many steps are done now, in a few words, and how many there are if that is news."""
 
 
 class Reporter:
@@ -70,15 +74,22 @@ class Reporter:
             )
             with Progress(*columns, console=self._console, transient=True) as progress:
                 bar = progress.add_task(title, total=total, words="")
-                yield lambda done, words: progress.update(bar, completed=done, words=words)
+
+                def move(done: int, words: str = "", total: int | None = None) -> None:
+                    progress.update(bar, completed=done, words=words, total=total)
+
+                yield move
         else:
             yield self._plain(title, total)
 
-    def _plain(self, title: str, total: int | None) -> Tick:
-        step = max(1, (total or 10) // 5)
+    def _plain(self, title: str, known: int | None) -> Tick:
+        told = 0
 
-        def tick(done: int, words: str) -> None:
-            if done % step == 0 or done == total:
-                self.say(f"    {title} {done}{f'/{total}' if total else ''} {words}".rstrip())
+        def tick(done: int, words: str = "", total: int | None = None) -> None:
+            nonlocal told
+            of = total or known or 5
+            if done * 5 // of > told:
+                told = done * 5 // of
+                self.say(f"    {title} {done}/{of} {words}".rstrip())
 
         return tick

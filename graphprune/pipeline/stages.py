@@ -141,7 +141,7 @@ def quantize_stage(session: Session) -> str:
     )
     torch.manual_seed(session.recipe.seed)
     with session.reporter.task("LoftQ") as tick:
-        layers = loftq_model(model, config, lambda name, done, total: tick(done, f"of {total} {name}"))
+        layers = loftq_model(model, config, lambda name, done, total: tick(done, name, total))
     model.eval()
     with replacing(session.path("quant")) as temporary:
         save_quantized(model, temporary)

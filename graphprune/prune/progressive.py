@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import TrainingError
 from graphprune.prune.budget import Budget, targets, uniform_budget
 from graphprune.prune.lhspg import LHSPG
-from graphprune.prune.training import Objective, Progress, Row, logits_of, train, use_bfloat16
+from graphprune.prune.precision import frozen_in_bfloat16, use_bfloat16
+from graphprune.prune.training import Objective, Progress, Row, logits_of, train
 from graphprune.recipe import Prune
 from graphprune.saliency.gates import Gates
 from graphprune.saliency.registry import Evidence, saliency_named
@@ -45,10 +47,12 @@ def unit_scores(
     gates = Gates(model, groups, [group.name for group in targets(groups, settings.kinds)])
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     ids = windows.ids[order[: settings.calibration_windows]]
-    objective = Objective(logits_of(model), None, 0.0, use_bfloat16(settings.training))
+    autocast = use_bfloat16(settings.training)
+    objective = Objective(logits_of(model), None, 0.0, autocast)
     try:
-        evidence = Evidence(model, groups, gates, ids.split(1), objective)
-        return saliency_named(settings.saliency)(evidence)
+        with frozen_in_bfloat16(model) if autocast else nullcontext():
+            evidence = Evidence(model, groups, gates, ids.split(1), objective)
+            return saliency_named(settings.saliency)(evidence)
     finally:
         gates.close()
 
@@ -113,16 +117,18 @@ def prune_progressively(
                 logits: Tensor = model(input_ids=ids, use_cache=False).logits
                 return logits
 
-        metrics = train(
-            windows.batches(training.batch_size, seed),
-            Objective(logits_of(model), teacher, training.distill, use_bfloat16(training)),
-            optimizer,
-            steps=optimizer.schedule_steps + settings.settle_steps,
-            warmup=max(1, settings.warmup_steps // 2),
-            trainable=adapters,
-            observe=lambda: optimizer.counts,
-            progress=progress,
-        )
+        autocast = use_bfloat16(training)
+        with frozen_in_bfloat16(model) if autocast else nullcontext():
+            metrics = train(
+                windows.batches(training.batch_size, seed),
+                Objective(logits_of(model), teacher, training.distill, autocast),
+                optimizer,
+                steps=optimizer.schedule_steps + settings.settle_steps,
+                warmup=max(1, settings.warmup_steps // 2),
+                trainable=adapters,
+                observe=lambda: optimizer.counts,
+                progress=progress,
+            )
         plan = Plan(gates.redundant())
         _check_reached(plan, budget)
         model.eval()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import TrainingError
-from graphprune.recipe import Training
 
 Logits = Callable[[Tensor], Tensor]
 Row = dict[str, Any]
@@ -44,15 +43,16 @@ class Objective:
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the loss of a batch, a scalar."""
         with _precision(self.autocast):
-            predicted = self.student(ids)[:, :-1].flatten(0, 1).float()
-        loss = nn.functional.cross_entropy(predicted, ids[:, 1:].flatten())
+            predicted = self.student(ids)[:, :-1].flatten(0, 1).float().log_softmax(-1)
+        loss = nn.functional.nll_loss(predicted, ids[:, 1:].flatten())
         if self.teacher is None or self.distill == 0:
             return loss
-        with torch.no_grad(), _precision(self.autocast):
-            wanted = self.teacher(ids)[:, :-1].flatten(0, 1).float()
-        divergence = nn.functional.kl_div(
-            predicted.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True
-        )
+        with torch.no_grad():
+            with _precision(self.autocast):
+                wanted = self.teacher(ids)[:, :-1].flatten(0, 1).float().log_softmax(-1)
+            probability = wanted.exp()
+            entropy = -(probability * wanted).sum()
+        divergence = -((probability * predicted).sum() + entropy) / len(predicted)
         return loss + self.distill * divergence
 
 
@@ -118,15 +118,6 @@ def logits_of(model: nn.Module) -> Logits:
         return model(input_ids=ids, use_cache=False).logits
 
     return logits
-
-
-def use_bfloat16(training: Training) -> bool:
-    """Return whether to compute in bfloat16: as asked, or where the processor multiplies it natively."""
-    if training.precision != "auto":
-        return training.precision == "bfloat16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _precision(autocast: bool) -> Any:

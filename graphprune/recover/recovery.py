@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from graphprune.errors import TrainingError
-from graphprune.prune.training import Logits, Objective, Progress, Row, logits_of, train, use_bfloat16
+from graphprune.prune.precision import frozen_in_bfloat16, use_bfloat16
+from graphprune.prune.training import Logits, Objective, Progress, Row, logits_of, train
 from graphprune.recipe import Recover
 from graphprune.source.text import Windows
+from quant.embedding import QuantEmbedding
 from quant.packed import cache_dequantized
 
 
@@ -43,7 +48,7 @@ def recover(
     training = settings.training
     autocast = use_bfloat16(training)
     wanted = None if teacher is None else _without_gradients(teacher)
-    with cache_dequantized(model, torch.bfloat16 if autocast else torch.float32):
+    with _dequantized(model, teacher, autocast):
         return train(
             windows.batches(training.batch_size, seed),
             Objective(logits_of(model), wanted, training.distill, autocast),
@@ -53,6 +58,24 @@ def recover(
             trainable=adapters,
             progress=progress,
         )
+
+
+@contextmanager
+def _dequantized(model: nn.Module, teacher: nn.Module | None, autocast: bool) -> Iterator[None]:
+    """Dequantize the base once for the whole training, in the type that is computed in."""
+    if not autocast:
+        with cache_dequantized(model, torch.float32):
+            yield
+        return
+    embeddings = [module for module in model.modules() if isinstance(module, QuantEmbedding)]
+    with cache_dequantized(model, torch.bfloat16), frozen_in_bfloat16(model, *([teacher] if teacher else [])):
+        try:
+            for embedding in embeddings:
+                embedding.to(torch.bfloat16)
+            yield
+        finally:
+            for embedding in embeddings:
+                embedding.to(torch.float32)
 
 
 def _without_gradients(teacher: nn.Module) -> Logits:
