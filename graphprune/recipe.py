@@ -16,6 +16,7 @@ from graphprune.errors import RecipeError
 
 Steps = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[int, Field(ge=1, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
 Rate = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -68,6 +69,7 @@ class Prune(_Section):
     half_space: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="epsilon of the projection test"
     )
+    repair: Switch = Field(default=True, description="least-squares repair of what reads the removed units")
     training: Training = Training()
 
 

@@ -87,7 +87,8 @@ def prune_stage(session: Session) -> str:
             progress=lambda row: tick(row["step"] + 1, _words(row)),
         )
     _write_metrics(session.path("training/metrics.jsonl"), "prune", pruned.metrics)
-    small: Any = shrink(model, groups, pruned.plan, session.examples)
+    with pruned.repaired():
+        small: Any = shrink(model, groups, pruned.plan, session.examples)
     small = small.merge_and_unload()
     with torch.no_grad():
         distance = _distance(small(**session.examples).logits, pruned.masked_logits)

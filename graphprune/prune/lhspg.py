@@ -9,7 +9,7 @@ fade as their product), W stays as it is until the end, so that a quantized base
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class LHSPG(torch.optim.AdamW):
         scores: Saliency to start from, by group; None for zeros.
         memory: Share of the old saliency that a step keeps.
         weight_decay: AdamW's, on the adapters.
+        on_period: Called when a period has chosen its units, before they fade.
 
     Raises:
         TrainingError: If a group is asked to lose more units than it has.
@@ -60,6 +61,7 @@ class LHSPG(torch.optim.AdamW):
         scores: Mapping[str, Tensor] | None = None,
         memory: float = 0.9,
         weight_decay: float = 0.0,
+        on_period: Callable[[], None] | None = None,
     ) -> None:
         for name, count in units.items():
             if not 0 <= count < gates.groups[name].size:
@@ -69,6 +71,7 @@ class LHSPG(torch.optim.AdamW):
                 )
         self._gates = gates
         self._units = dict(units)
+        self._on_period = on_period
         super().__init__([{"params": list(adapters)}], lr=lr, weight_decay=weight_decay)
         self.add_param_group(
             {
@@ -95,6 +98,11 @@ class LHSPG(torch.optim.AdamW):
         """Steps until every unit of the target is gone."""
         schedule = self.param_groups[-1]
         return int(schedule["warmup_steps"] + schedule["periods"] * schedule["period_steps"])
+
+    def redundant(self, name: str) -> Tensor:
+        """Return which units (units,) of a group are redundant, faded or still fading."""
+        mask: Tensor = self.state[self._gates.values[name]]["redundant"].bool()
+        return mask
 
     @property
     def counts(self) -> dict[str, int]:
@@ -128,10 +136,12 @@ class LHSPG(torch.optim.AdamW):
         if not 0 <= step < schedule["periods"] * schedule["period_steps"]:
             return
         period, within = divmod(step, schedule["period_steps"])
-        for name, gate in self._gates.values.items():
-            if within == 0:
-                due = round(self._units.get(name, 0) * (period + 1) / schedule["periods"])
-                self._condemn(gate, due)
+        if within == 0:
+            for name, gate in self._gates.values.items():
+                self._condemn(gate, round(self._units.get(name, 0) * (period + 1) / schedule["periods"]))
+            if self._on_period:
+                self._on_period()
+        for gate in self._gates.values.values():
             self._fade(gate, schedule["period_steps"] - within, schedule["half_space"])
 
     def _condemn(self, gate: nn.Parameter, due: int) -> None:

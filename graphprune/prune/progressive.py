@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from graphprune.errors import TrainingError
 from graphprune.prune.budget import Budget, targets, uniform_budget
 from graphprune.prune.lhspg import LHSPG
 from graphprune.prune.precision import frozen_in_bfloat16, use_bfloat16
+from graphprune.prune.repair import Repair
 from graphprune.prune.training import Objective, Progress, Row, logits_of, train
 from graphprune.recipe import Prune
 from graphprune.saliency.gates import Gates
@@ -32,12 +33,14 @@ class Pruned:
         budget: What was asked, and what the plan removes.
         metrics: One row a step.
         masked_logits: Outputs on the example inputs with the gates as they ended, to check surgery against.
+        repaired: A context in which the model's weights hold the closed-form repair; cut within it.
     """
 
     plan: Plan
     budget: Budget
     metrics: list[Row]
     masked_logits: Tensor
+    repaired: Callable[[], AbstractContextManager[None]]
 
 
 def unit_scores(
@@ -45,8 +48,7 @@ def unit_scores(
 ) -> dict[str, Tensor]:
     """Score every unit that may go on the calibration windows, drawn at random from the training text."""
     gates = Gates(model, groups, [group.name for group in targets(groups, settings.kinds)])
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    ids = windows.ids[order[: settings.calibration_windows]]
+    ids = _calibration(settings, windows, seed)
     autocast = use_bfloat16(settings.training)
     objective = Objective(logits_of(model), None, 0.0, autocast)
     try:
@@ -97,6 +99,7 @@ def prune_progressively(
         counted=counted,
     )
     gates = Gates(model, groups, list(budget.removed_units))
+    repair: Repair | None = None
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = settings.training
     try:
@@ -110,6 +113,7 @@ def prune_progressively(
             period_steps=settings.period_steps,
             half_space=settings.half_space,
             scores=scores,
+            on_period=lambda: repair.update(optimizer.redundant) if repair else None,
         )
 
         def teacher(ids: Tensor) -> Tensor:
@@ -119,6 +123,9 @@ def prune_progressively(
 
         autocast = use_bfloat16(training)
         with frozen_in_bfloat16(model) if autocast else nullcontext():
+            if settings.repair:
+                calibration = _calibration(settings, windows, seed).split(training.batch_size)
+                repair = Repair(model, gates, calibration, teacher)
             metrics = train(
                 windows.batches(training.batch_size, seed),
                 Objective(logits_of(model), teacher, training.distill, autocast),
@@ -136,7 +143,13 @@ def prune_progressively(
             masked = model(**example_inputs).logits
     finally:
         gates.close()
-    return Pruned(plan, budget, metrics, masked)
+    return Pruned(plan, budget, metrics, masked, repair.folded if repair else nullcontext)
+
+
+def _calibration(settings: Prune, windows: Windows, seed: int) -> Tensor:
+    """Return calibration windows (windows, window), drawn at random from the training text."""
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows.ids[order[: settings.calibration_windows]]
 
 
 def _check_reached(plan: Plan, budget: Budget) -> None:

@@ -8,15 +8,38 @@ is worth. Works on a quantized base too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graphprune.coupling.groups import Member, NodeGroup, NodeGroups
+from graphprune.coupling.groups import NodeGroup, NodeGroups
 from graphprune.errors import TrainingError
+
+StandIn = Callable[[Tensor], Tensor]
+"""From an activation (…, axis) to what takes the place of its gated share, of the same shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A weight that reads gated activations.
+
+    Attributes:
+        parameter: Its qualified name.
+        axis: The weight's axis that is contracted.
+        source: Name of the activation that it reads; consumers of one activation share it.
+        dim: The activation's axis that is contracted, as a dimension of the owning module's input.
+        owners: For each gated group, the unit that owns each index of the axis, or -1.
+    """
+
+    parameter: str
+    axis: int
+    source: str
+    dim: int
+    owners: Mapping[str, Tensor]
 
 
 class Gates:
@@ -28,7 +51,10 @@ class Gates:
         names: Groups to gate.
 
     Attributes:
+        groups: The gated groups, by name.
         values: One float32 parameter (units,) for each group, ones at first.
+        consumers: The weights that read them.
+        stand_ins: By activation, what takes the place of the share that gates take away; none at first.
     """
 
     def __init__(self, model: nn.Module, groups: NodeGroups, names: Iterable[str]) -> None:
@@ -37,12 +63,15 @@ class Gates:
         self.values = {
             name: nn.Parameter(torch.ones(group.size, device=device)) for name, group in self.groups.items()
         }
+        self.consumers = _consumers(groups, self.groups)
+        self.stand_ins: dict[str, StandIn] = {}
         self._open = False
-        self._handles: list[Any] = []
-        for parameter, owners in _owners(groups, self.groups).items():
-            module = model.get_submodule(parameter.rpartition(".")[0])
-            dim = _input_dim(groups, parameter)
-            self._handles.append(module.register_forward_pre_hook(self._hook(parameter, owners, dim)))
+        self._handles = [
+            model.get_submodule(consumer.parameter.rpartition(".")[0]).register_forward_pre_hook(
+                self._hook(consumer)
+            )
+            for consumer in self.consumers
+        ]
 
     def close(self) -> None:
         """Take the gates off the model."""
@@ -82,51 +111,61 @@ class Gates:
             value.grad = None
         return found
 
-    def _hook(self, parameter: str, owners: Mapping[str, Tensor], dim: int) -> Any:
+    def _hook(self, consumer: Consumer) -> Any:
         def scale(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self._open:
                 return None
             source, *rest = arguments
-            factor = self._factor(owners, source)
-            if source.shape[dim] != factor.numel():
+            factor = self._factor(consumer.owners)
+            if source.shape[consumer.dim] != factor.numel():
                 raise TrainingError(
-                    f"the module that owns {parameter} reads an input of shape {tuple(source.shape)}, "
-                    f"and {factor.numel()} gates do not fit its axis {dim}",
+                    f"the module that owns {consumer.parameter} reads an input of shape {tuple(source.shape)}, "
+                    f"and {factor.numel()} gates do not fit its axis {consumer.dim}",
                     "leave this kind out of prune.kinds",
                 )
             shape = [1] * source.dim()
-            shape[dim] = -1
-            return (source * factor.view(shape).to(source.dtype), *rest)
+            shape[consumer.dim] = -1
+            factor = factor.view(shape).to(source.dtype)
+            gated = source * factor
+            stand_in = self.stand_ins.get(consumer.source)
+            if stand_in is not None:
+                gated = gated + (1 - factor) * stand_in(source)
+            return (gated, *rest)
 
         return scale
 
-    def _factor(self, owners: Mapping[str, Tensor], source: Tensor) -> Tensor:
-        factor: Tensor | None = None
+    def _factor(self, owners: Mapping[str, Tensor]) -> Tensor:
+        """Return the product of all gates on each index of an axis."""
+        factors = []
         for name, owner in owners.items():
             value = self.values[name][owner.clamp_min(0)]
-            value = torch.where(owner < 0, torch.ones_like(value), value)
-            factor = value if factor is None else factor * value
-        return torch.ones((), device=source.device) if factor is None else factor
+            factors.append(torch.where(owner < 0, torch.ones_like(value), value))
+        return torch.stack(factors).prod(0) if len(factors) > 1 else factors[0]
 
 
-def _owners(groups: NodeGroups, gated: Mapping[str, NodeGroup]) -> dict[str, dict[str, Tensor]]:
-    """Return, for each consuming parameter, which unit of each gated group owns each input index."""
-    owners: dict[str, dict[str, Tensor]] = {}
+def _consumers(groups: NodeGroups, gated: Mapping[str, NodeGroup]) -> tuple[Consumer, ...]:
+    owners: dict[tuple[str, int], dict[str, Tensor]] = {}
     for name, group in gated.items():
-        consumers: tuple[Member, ...] = group.consumers
-        if not consumers:
+        if not group.consumers:
             raise TrainingError(
                 f"no operator consumes the units of '{name}', so they have no contribution to gate",
                 "leave this kind out of prune.kinds",
             )
-        for member in consumers:
-            owners.setdefault(member.parameter, {})[name] = torch.from_numpy(groups.owner(group, member))
-    return owners
+        for member in group.consumers:
+            owner = torch.from_numpy(groups.owner(group, member))
+            owners.setdefault((member.parameter, member.axis), {})[name] = owner
+    places = _places(groups)
+    return tuple(
+        Consumer(parameter, axis, *places[parameter], owner) for (parameter, axis), owner in owners.items()
+    )
 
 
-def _input_dim(groups: NodeGroups, parameter: str) -> int:
-    """Return which dimension of its module's input a consuming parameter is contracted with."""
+def _places(groups: NodeGroups) -> dict[str, tuple[str, int]]:
+    """Return, for each weight, the activation that its operator reads and the dimension that is contracted."""
+    places: dict[str, tuple[str, int]] = {}
     for operator in groups.graph.operators:
-        if any(value.name == parameter for value in operator.inputs):
-            return 1 if operator.target.startswith("aten.conv") else -1
-    return -1
+        activations = [value.name for value in operator.inputs if not value.is_weight]
+        for value in operator.inputs:
+            if value.is_weight and activations:
+                places[value.name] = (activations[0], 1 if operator.target.startswith("aten.conv") else -1)
+    return places
