@@ -57,6 +57,9 @@ def run(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the table at the end only.")] = False,
 ) -> None:
     """Prune, quantize, recover, export and report, all in one run."""
+    from graphprune.recipe import load_recipe
+
+    load_recipe(recipe)  # a typing error is told at once, before torch is imported
     from rich.console import Console
 
     from graphprune.pipeline.progress import Reporter

@@ -28,6 +28,7 @@ LEAST_TOP1 = 0.8
 LARGEST_KL = 0.1
 # A weight is one product of float32 numbers, in another order: a few units in the last place of absmax.
 WEIGHT_TOLERANCE = 5e-7
+TOLERANCE = 1e-4
 _DECODED = 8
 
 
@@ -55,7 +56,7 @@ class Verification:
 
 
 def verify_onnx(
-    path: Path, model: nn.Module, token_windows: Sequence[Sequence[int]], *, tolerance: float = 1e-4
+    path: Path, model: nn.Module, token_windows: Sequence[Sequence[int]], *, tolerance: float = TOLERANCE
 ) -> Verification:
     """Compare an exported file with its model, on the CPU.
 

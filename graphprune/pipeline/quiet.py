@@ -10,9 +10,11 @@ import warnings
 def quieten() -> None:
     """Keep warnings and progress bars of libraries off the terminal; errors still come through."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("graphprune").setLevel(logging.INFO)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from graphprune.export.verify import LARGEST_KL, LEAST_TOP1
+from graphprune.export.verify import LARGEST_KL, LEAST_TOP1, TOLERANCE, WEIGHT_TOLERANCE
 from graphprune.files import size_of, write_json
 from graphprune.pipeline.session import Session
 from graphprune.report.page import write_report
@@ -86,7 +86,7 @@ def _report(session: Session, groups: list[dict[str, Any]], reused: list[str], c
         },
         "verify": {
             **measured["verification"],
-            "tolerances": {"top1_agreement": LEAST_TOP1, "kl": LARGEST_KL},
+            "tolerances": _tolerances(measured["verification"]["checks"]),
         },
         "stages": [
             {"name": name, **record, "state": "reused" if name in reused else "done"}
@@ -131,6 +131,15 @@ def _perplexity(session: Session) -> dict[str, Any]:
                 "every token but the first of a window is predicted; exp of the mean negative log-likelihood"
             ),
         },
+    }
+
+
+def _tolerances(checks: dict[str, float]) -> dict[str, float]:
+    bounds = {"weights": WEIGHT_TOLERANCE, **dict.fromkeys(("prefill", "padded_batch", "decode"), TOLERANCE)}
+    return {
+        "top1_agreement": LEAST_TOP1,
+        "kl": LARGEST_KL,
+        **{name: bound for name, bound in bounds.items() if name in checks},
     }
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def unit_scores(
     autocast = use_bfloat16(settings.training)
     objective = Objective(logits_of(model), None, 0.0, autocast)
     try:
-        with frozen_in_bfloat16(model) if autocast else nullcontext():
+        with _computing_in(model, autocast):
             evidence = Evidence(model, groups, gates, ids.split(1), objective)
             return saliency_named(settings.saliency)(evidence)
     finally:
@@ -122,7 +122,7 @@ def prune_progressively(
                 return logits
 
         autocast = use_bfloat16(training)
-        with frozen_in_bfloat16(model) if autocast else nullcontext():
+        with _computing_in(model, autocast):
             if settings.repair:
                 calibration = _calibration(settings, windows, seed).split(training.batch_size)
                 repair = Repair(model, gates, calibration, teacher)
@@ -144,6 +144,18 @@ def prune_progressively(
     finally:
         gates.close()
     return Pruned(plan, budget, metrics, masked, repair.folded if repair else nullcontext)
+
+
+@contextmanager
+def _computing_in(model: Any, autocast: bool) -> Iterator[None]:
+    """Compute in bfloat16 throughout, adapters' inputs included, or leave everything as it is."""
+    if not autocast:
+        yield
+        return
+    from peft.helpers import disable_input_dtype_casting
+
+    with frozen_in_bfloat16(model), disable_input_dtype_casting(model):
+        yield
 
 
 def _calibration(settings: Prune, windows: Windows, seed: int) -> Tensor:

@@ -66,6 +66,8 @@ class Gates:
         self.consumers = _consumers(groups, self.groups)
         self.stand_ins: dict[str, StandIn] = {}
         self._open = False
+        # Consumers of one activation (a layer and its adapter) share its gated form, which is made once a pass.
+        self._made: dict[str, tuple[Tensor, Tensor]] = {}
         self._handles = [
             model.get_submodule(consumer.parameter.rpartition(".")[0]).register_forward_pre_hook(
                 self._hook(consumer)
@@ -78,6 +80,7 @@ class Gates:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._made.clear()
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -100,6 +103,7 @@ class Gates:
         Raises:
             TrainingError: If a gate has none: the module that owns a consumer's weight is not called.
         """
+        self._made.clear()
         found = {}
         for name, value in self.values.items():
             if value.grad is None:
@@ -116,23 +120,27 @@ class Gates:
             if self._open:
                 return None
             source, *rest = arguments
-            factor = self._factor(consumer.owners)
-            if source.shape[consumer.dim] != factor.numel():
-                raise TrainingError(
-                    f"the module that owns {consumer.parameter} reads an input of shape {tuple(source.shape)}, "
-                    f"and {factor.numel()} gates do not fit its axis {consumer.dim}",
-                    "leave this kind out of prune.kinds",
-                )
-            shape = [1] * source.dim()
-            shape[consumer.dim] = -1
-            factor = factor.view(shape).to(source.dtype)
-            gated = source * factor
-            stand_in = self.stand_ins.get(consumer.source)
-            if stand_in is not None:
-                gated = gated + (1 - factor) * stand_in(source)
-            return (gated, *rest)
+            made = self._made.get(consumer.source)
+            if made is None or made[0] is not source:
+                made = self._made[consumer.source] = (source, self._gated(consumer, source))
+            return (made[1], *rest)
 
         return scale
+
+    def _gated(self, consumer: Consumer, source: Tensor) -> Tensor:
+        factor = self._factor(consumer.owners)
+        if source.shape[consumer.dim] != factor.numel():
+            raise TrainingError(
+                f"the module that owns {consumer.parameter} reads an input of shape {tuple(source.shape)}, "
+                f"and {factor.numel()} gates do not fit its axis {consumer.dim}",
+                "leave this kind out of prune.kinds",
+            )
+        shape = [1] * source.dim()
+        shape[consumer.dim] = -1
+        factor = factor.view(shape).to(source.dtype)
+        gated = source * factor
+        stand_in = self.stand_ins.get(consumer.source)
+        return gated if stand_in is None else gated + (1 - factor) * stand_in(source)
 
     def _factor(self, owners: Mapping[str, Tensor]) -> Tensor:
         """Return the product of all gates on each index of an axis."""

@@ -40,7 +40,7 @@ class Bench:
 
 @given(st.integers(0, 20), st.integers(1, 3), st.integers(1, 3))
 def test_the_target_is_met_exactly_and_the_rest_is_untouched(units, periods, period_steps):
-    gates = gates_on_nothing(24)
+    gates = LooseGates(24)
     optimizer = LHSPG(
         [adapter()], gates, {"g": units}, warmup_steps=1, periods=periods, period_steps=period_steps
     )
@@ -59,16 +59,20 @@ def adapter() -> nn.Parameter:
     return parameter
 
 
-def gates_on_nothing(size: int) -> Gates:
+class LooseGates:
     """Gates that hang on no model, to drive the schedule alone."""
-    gates = Gates.__new__(Gates)
-    gates.values = {"g": nn.Parameter(torch.ones(size))}
-    gates.groups = {"g": type("Group", (), {"size": size})()}
-    return gates
+
+    def __init__(self, size: int) -> None:
+        self.values = {"g": nn.Parameter(torch.ones(size))}
+        self.groups = {"g": type("Group", (), {"size": size})()}
+
+    def gradients(self):
+        gradient, self.values["g"].grad = self.values["g"].grad, None
+        return {"g": gradient}
 
 
 def path_of_one_unit(half_space: float, steps: int) -> list[float]:
-    gates = gates_on_nothing(2)
+    gates = LooseGates(2)
     optimizer = LHSPG(
         [adapter()], gates, {"g": 1}, warmup_steps=0, periods=1, period_steps=steps, half_space=half_space
     )
@@ -96,7 +100,7 @@ def test_the_half_space_projects_when_less_than_its_reciprocal_is_left(half_spac
 
 
 def test_the_least_salient_units_go_and_only_the_gradient_decides():
-    gates = gates_on_nothing(6)
+    gates = LooseGates(6)
     optimizer = LHSPG([adapter()], gates, {"g": 3}, warmup_steps=1, periods=1, period_steps=2)
     for _ in range(3):
         gates.values["g"].grad = torch.tensor([3.0, 0.1, -2.0, 0.2, -0.3, 5.0])
@@ -105,7 +109,7 @@ def test_the_least_salient_units_go_and_only_the_gradient_decides():
 
 
 def test_scores_given_decide_before_any_gradient_does():
-    gates = gates_on_nothing(4)
+    gates = LooseGates(4)
     scores = {"g": torch.tensor([9.0, 1.0, 9.0, 1.0])}
     optimizer = LHSPG([adapter()], gates, {"g": 2}, warmup_steps=0, periods=1, period_steps=1, scores=scores)
     gates.values["g"].grad = torch.zeros(4)
