@@ -37,6 +37,13 @@ def replacing(path: Path) -> Iterator[Path]:
         remove(temporary)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Remove what `replacing` left below a folder when its process was killed; nobody else may be writing there."""
+    for path in list(folder.rglob(".[0-9]*.*")):
+        if path.name.split(".")[1].isdigit():
+            remove(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`, atomically."""
     with replacing(path) as temporary:

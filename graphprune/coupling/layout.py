@@ -9,8 +9,9 @@ Work is per axis and per atom, never per index.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 Form = Literal["atom", "product", "concat"]
@@ -123,11 +124,11 @@ class LayoutSolver:
         elif a.form == b.form == "product":
             mine, theirs = self.factors(a), self.factors(b)
             self._merge(a, b)
-            self._align_factors(mine, theirs, operator)
+            self._align(mine, theirs, partial(self._cut_factor, operator), operator)
         elif a.form == b.form == "concat":
             mine, theirs = self.segments(a), self.segments(b)
             self._merge(a, b)
-            self._align_segments(mine, theirs, operator)
+            self._align(mine, theirs, partial(self._cut_segment, operator), operator)
         elif a.form == "concat":
             self._distribute(a, b, operator)
         else:
@@ -192,8 +193,21 @@ class LayoutSolver:
         for layout in layouts:
             self.pin(layout, f"{operator} couples sizes that have no common refinement")
 
-    def _align_factors(self, first: list[Layout], second: list[Layout], operator: str) -> None:
-        """Match two factorisations of one size from the innermost factor outwards."""
+    def _align(
+        self,
+        first: list[Layout],
+        second: list[Layout],
+        cut: Callable[[Layout, int], list[Layout]],
+        operator: str,
+    ) -> None:
+        """Match two decompositions of one size, piece by piece from the last.
+
+        Args:
+            first: Pieces of one layout; used up.
+            second: Pieces of the other; used up.
+            cut: Takes a given size off the end of a piece, and returns the pieces that it now has.
+            operator: Who demands it.
+        """
         while first and second:
             large, small = self.find(first.pop()), self.find(second.pop())
             if large.size < small.size:
@@ -201,34 +215,21 @@ class LayoutSolver:
             if large.size == small.size:
                 self.unify(large, small, operator)
                 continue
-            refined: list[Layout] = []
-            if large.size % small.size == 0:
-                outer, inner = self.atom(large.size // small.size), self.atom(small.size)
-                self.unify(self.product([outer, inner]), large, operator)
-                refined = self.factors(large)
-            if len(refined) < 2:
+            pieces = cut(large, small.size)
+            if len(pieces) < 2:
                 self._conflict((large, small, *first, *second), operator)
                 return
-            first.extend(refined)
+            first.extend(pieces)
             second.append(small)
 
-    def _align_segments(self, first: list[Layout], second: list[Layout], operator: str) -> None:
-        """Match two segmentations of one size from the last segment backwards."""
-        while first and second:
-            large, small = self.find(first.pop()), self.find(second.pop())
-            if large.size < small.size:
-                large, small, first, second = small, large, second, first
-            if large.size == small.size:
-                self.unify(large, small, operator)
-                continue
-            head, tail = self.atom(large.size - small.size), self.atom(small.size)
-            self.unify(self.concat([head, tail]), large, operator)
-            refined = self.segments(large)
-            if len(refined) < 2:
-                self._conflict((large, small, *first, *second), operator)
-                return
-            first.extend(refined)
-            second.append(small)
+    def _cut_factor(self, operator: str, layout: Layout, size: int) -> list[Layout]:
+        if layout.size % size == 0:
+            self.unify(self.product([self.atom(layout.size // size), self.atom(size)]), layout, operator)
+        return self.factors(layout)
+
+    def _cut_segment(self, operator: str, layout: Layout, size: int) -> list[Layout]:
+        self.unify(self.concat([self.atom(layout.size - size), self.atom(size)]), layout, operator)
+        return self.segments(layout)
 
     def _distribute(self, concat: Layout, product: Layout, operator: str) -> None:
         """Couple a concatenation with a product: its outermost factor is cut where the segments end."""

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from graphprune import __version__
 from graphprune.errors import RunFolderError
-from graphprune.files import remove, write_json
+from graphprune.files import remove, remove_temporaries, write_json
 
 SCHEMA = "graphprune.run/1"
 _LOCK = ".lock"
@@ -107,6 +107,7 @@ def open_run_folder(path: Path, fingerprint: str, *, fresh: bool = False) -> Ite
         if manifest is None or fresh:
             _discard(path)
             manifest = _new_manifest(fingerprint)
+        remove_temporaries(path)
         folder = RunFolder(path, manifest)
         folder._write()
         yield folder

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import psutil
 import torch
 
@@ -50,7 +51,8 @@ def report_stage(session: Session, reused: list[str], command: str) -> None:
         "widths": widths_picture([width.model_dump() for width in report.widths]),
         "training": training_picture(metrics),
     }
-    write_json(session.path("environment.json"), report.environment.model_dump())
+    machine = {**report.environment.model_dump(), "versions": report.versions}
+    write_json(session.path("environment.json"), machine)
     paths = {"groups": "graph/groups.svg", "widths": "graph/widths.svg", "training": "training/curves.svg"}
     write_report(session.folder.path, report, pictures, paths)
 
@@ -102,6 +104,7 @@ def _report(session: Session, groups: list[dict[str, Any]], reused: list[str], c
         ],
         "layers_quantized": measured["layers"],
         "environment": environment(),
+        "versions": versions(),
         "seed": recipe.seed,
         "recipe": recipe.model_dump(mode="json"),
         "command": command,
@@ -172,15 +175,20 @@ def _limits(session: Session) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Return the machine and the versions that a result depends on."""
+    """Return the machine that a result depends on."""
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count() or 1,
         "memory_bytes": psutil.virtual_memory().total,
-        "versions": {name: version(name) for name in _PACKAGES} | {"onnxruntime": _onnxruntime_version()},
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on."""
+    # The GPU build of onnxruntime is another package, so its version is asked of the module.
+    return {name: version(name) for name in _PACKAGES} | {"onnxruntime": onnxruntime.__version__}
 
 
 def _processor() -> str:
@@ -190,9 +198,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _onnxruntime_version() -> str:
-    import onnxruntime
-
-    return str(onnxruntime.__version__)

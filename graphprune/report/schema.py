@@ -171,20 +171,20 @@ class QuantizedLayer(Entry):
 
 
 class Environment(Entry):
-    """The machine and the software; `versions` maps a package to its version."""
+    """The machine."""
 
     python: str
     platform: str
     processor: str
     cores: Count
     memory_bytes: Count
-    versions: dict[str, str]
 
 
 class Report(Entry):
     """All that ``report.json`` holds and ``report.html`` shows.
 
-    `created` is an ISO 8601 time; `limits` is what the reader must know before relying on the numbers.
+    `versions` maps a package to its version, `created` is an ISO 8601 time, and `limits` is what the reader must
+    know before relying on the numbers.
     """
 
     schema_name: Literal["graphprune.report/1"] = Field(default=SCHEMA, alias="schema")
@@ -201,6 +201,7 @@ class Report(Entry):
     generations: tuple[Generation, ...]
     layers_quantized: tuple[QuantizedLayer, ...]
     environment: Environment
+    versions: dict[str, str]
     seed: int
     recipe: dict[str, JsonValue]
     command: str

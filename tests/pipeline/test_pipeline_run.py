@@ -195,6 +195,30 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(finished, bench, tmp_pa
     }  # fmt: skip
 
 
+def test_a_run_whose_process_was_killed_goes_on_and_leaves_no_rubbish(bench, tmp_path):
+    """SIGKILL as soon as pruning is done; half-written files of that process are swept."""
+    folder = tmp_path / "RUN"
+    command = [sys.executable, "-m", "graphprune", "run", str(bench.recipe), "-o", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("prune"):
+                process.kill()
+                break
+        else:
+            pytest.fail("the run never pruned")
+    (folder / ".4242.quant").mkdir()
+    (folder / ".4242.quant" / "half").write_text("written")
+    (folder / "training" / ".4242.metrics.jsonl").write_text("half")
+    report = run(bench.recipe, folder, SILENT)
+    assert {stage.name for stage in report.stages if stage.state == "reused"} >= {
+        "evaluate",
+        "trace",
+        "certify",
+    }
+    hidden = [path.name for path in folder.rglob(".*")]
+    assert hidden == [".lock"]
+
+
 def test_a_stage_that_does_nothing_is_noticed(bench, tmp_path, monkeypatch):
     """Each stage's result is needed by a later one or by the report."""
     for name in ("trace", "certify", "prune", "quantize"):

@@ -172,12 +172,12 @@ def make_report() -> dict[str, Any]:
             "processor": "Intel Xeon at 2.2 GHz",
             "cores": 2,
             "memory_bytes": 16_777_216_000,
-            "versions": {
-                "graphprune": "0.1.0",
-                "onnxruntime": "1.31.0",
-                "torch": "2.13.0",
-                "transformers": "5.23.0",
-            },
+        },
+        "versions": {
+            "graphprune": "0.1.0",
+            "onnxruntime": "1.31.0",
+            "torch": "2.13.0",
+            "transformers": "5.23.0",
         },
         "seed": 17,
         "recipe": {

@@ -33,31 +33,24 @@ def softmax(operator: Operator, algebra: Algebra) -> Axes:
 @rule("aten.layer_norm.default")
 def layer_norm(operator: Operator, algebra: Algebra) -> Axes:
     """Centre and scale along the last axes: no rescaling makes up for a missing unit."""
-    source = operator["input"]
-    axes = algebra[source]
+    axes = algebra[operator["input"]]
     width = len(operator["normalized_shape"])
     for axis in axes[-width:]:
         algebra.mark([axis], "normalised")
         algebra.block(axis, "LayerNorm takes its mean over this axis: its other units would change")
-    for scale in (operator["weight"], operator["bias"]):
-        if scale is not None:
-            for axis, own in zip(axes[-width:], algebra[scale], strict=True):
-                algebra.same(axis, own)
+    _couple(operator, algebra, axes[-width:], "weight", "bias")
     return list(axes)
 
 
 @rule("aten.rms_norm.default")
 def rms_norm(operator: Operator, algebra: Algebra) -> Axes:
     """Scale along the last axes; surgery keeps the divisor."""
-    source, weight = operator["input"], operator["weight"]
-    axes = algebra[source]
+    axes = algebra[operator["input"]]
     width = len(operator["normalized_shape"])
     algebra.mark(axes[-width:], "normalised")
     for axis in axes[-width:]:
         algebra.block(axis, "the fused RMSNorm divides by the number of units")
-    if weight is not None:
-        for axis, own in zip(axes[-width:], algebra[weight], strict=True):
-            algebra.same(axis, own)
+    _couple(operator, algebra, axes[-width:], "weight")
     return list(axes)
 
 
@@ -65,7 +58,13 @@ def rms_norm(operator: Operator, algebra: Algebra) -> Axes:
 def batch_norm(operator: Operator, algebra: Algebra) -> Axes:
     """Scale each channel for itself."""
     axes = algebra[operator["input"]]
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        if operator[name] is not None:
-            algebra.same(axes[1], algebra[operator[name]][0])
+    _couple(operator, algebra, axes[1:2], "weight", "bias", "running_mean", "running_var")
     return list(axes)
+
+
+def _couple(operator: Operator, algebra: Algebra, axes: Axes, *names: str) -> None:
+    """Couple the axes that a norm runs over with those of its own parameters, as far as it has them."""
+    for name in names:
+        if operator[name] is not None:
+            for axis, own in zip(axes, algebra[operator[name]], strict=True):
+                algebra.same(axis, own)
