@@ -41,6 +41,11 @@ class Algebra:
     def __setitem__(self, value: Value, axes: Axes) -> None:
         self._axes[value.name] = axes
 
+    def settle(self) -> None:
+        """Hand what was said of composed axes, of activations too, down to the atoms that they are made of."""
+        for axes in self._axes.values():
+            self.solver.spread(axes)
+
     def known(self, name: str) -> Axes | None:
         """Return the layouts of the value called `name`, or None if no operator touched it."""
         return self._axes.get(name)

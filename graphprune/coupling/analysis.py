@@ -30,6 +30,7 @@ def analyze(graph: OperatorGraph) -> Algebra:
         for value in values:
             for position, axis in enumerate(algebra[value]):
                 algebra.pin(axis, f"reaches the model's {place} '{value.name}' axis {position}")
+    algebra.settle()
     return algebra
 
 

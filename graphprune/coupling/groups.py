@@ -163,7 +163,6 @@ def node_groups(graph: OperatorGraph) -> NodeGroups:
         axes = algebra.known(name)
         if axes is None:
             continue
-        algebra.solver.spread(axes)
         for position, axis in enumerate(axes):
             for identity, count in _occurrences(algebra, axis, atoms).items():
                 side = algebra.sides.get((name, position), "carries")

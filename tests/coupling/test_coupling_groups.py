@@ -142,6 +142,25 @@ def test_inputs_and_outputs_are_reasons():
     assert reasons[3].startswith("reaches the model's output")
 
 
+class Concatenated(nn.Module):
+    """Two widths that reach the output, and only as one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(5, 6)
+
+    def forward(self, x):
+        return torch.cat([self.first(x), self.second(x)], -1)
+
+
+def test_what_is_said_of_a_composed_axis_holds_for_its_parts():
+    groups = groups_of(Concatenated())
+    parts = [group for group in groups.values() if group.size in (4, 6)]
+    assert len(parts) == 2
+    assert all(group.reason.startswith("reaches the model's output") for group in parts)
+    assert not any(group.permutable for group in parts)
+
+
 def test_a_second_rule_for_an_operator_is_refused():
     groups_of(Norm(opaque=False))  # loads the built-in rules
     with pytest.raises(CouplingError, match=r"aten\.linear\.default already has a rule"):

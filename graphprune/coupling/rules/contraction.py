@@ -44,7 +44,7 @@ def matmul(operator: Operator, algebra: Algebra) -> Axes:
     )
     if not (first.is_weight or second.is_weight):
         algebra.mark(batch, "heads")
-        algebra.mark([algebra[first][-1]], "head_dim")
+        algebra.mark([algebra[first][-1], algebra[second][-1]], "head_dim")
     return [*batch, algebra.produce(first, -2), algebra.produce(second, -1)]
 
 
