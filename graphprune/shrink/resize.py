@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,6 +72,8 @@ class _Sizes:
 
     def axes(self, node: fx.Node, position: int | None = None) -> Sequence[Layout] | None:
         """Return the layouts of a node's axes; `position` picks one of several results."""
+        if node.target is operator.getitem:
+            node, position = node.args[0], node.args[1]  # type: ignore[assignment]
         name = self._names.get(node.name, node.name)
         return self._groups.axes(name if position is None else f"{name}:{position}")
 
