@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
@@ -95,37 +95,21 @@ def test_stock_transformers_opens_the_pruned_model_in_a_process_of_its_own(finis
 
 
 def test_the_onnx_file_alone_answers_prompts(finished, bench):
-    """With onnxruntime and numpy only: prefill, then one token at a time, as a user would write it."""
-    import onnxruntime
+    """The example, which needs onnxruntime, numpy and tokenizers only, writes what our own decoder writes."""
+    from transformers import AutoTokenizer
 
-    folder, _ = finished
-    path = str(folder / "onnx" / "model.onnx")
-    onnx.checker.check_model(path, full_check=True)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    shapes = {i.name: i.shape for i in session.get_inputs()}
-    past = {
-        name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
-        for name, shape in shapes.items()
-        if "past" in name
-    }
-    ids, position, written = np.array([[5, 6, 7]]), 0, []
-    for _ in range(4):
-        length = ids.shape[1]
-        feeds = {
-            "input_ids": ids,
-            "attention_mask": np.ones((1, position + length), np.int64),
-            "position_ids": np.arange(position, position + length)[None],
-            **past,
-        }
-        logits, *present = session.run(None, feeds)
-        assert np.isfinite(logits).all()
-        position += length
-        past = dict(zip(past, present))
-        ids = logits[:, -1:].argmax(-1)
-        written.append(int(ids[0, 0]))
     from graphprune.export.runtime import OnnxDecoder
 
-    assert written == OnnxDecoder(folder / "onnx" / "model.onnx").greedy([5, 6, 7], 4)
+    folder, _ = finished
+    onnx.checker.check_model(str(folder / "onnx" / "model.onnx"), full_check=True)
+    example = Path(__file__).parents[2] / "examples" / "generate.py"
+    command = [sys.executable, str(example), str(folder / "onnx"), "the cat sat on"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "onnx")
+    ids = OnnxDecoder(folder / "onnx" / "model.onnx").greedy(tokenizer("the cat sat on")["input_ids"], 40)
+    expected = "the cat sat on" + "".join(tokenizer.decode([i], skip_special_tokens=True) for i in ids)
+    assert done.stdout.strip() == expected.strip()
+    assert len(ids) == 40
 
 
 def test_the_adapter_opens_in_peft_on_the_base_that_it_names(finished):
