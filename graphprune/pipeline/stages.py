@@ -183,11 +183,12 @@ def recover_stage(session: Session) -> str:
             seed=session.recipe.seed + 1,
             progress=lambda row: tick(row["step"] + 1, f"loss {row['loss']:.3f}"),
         )
+    value = session.judge(model, "recovered")
+    # All at the end: a run killed before starts again from the adapters that LoftQ gave.
     _write_metrics(session.path("training/metrics.jsonl"), "recover", rows)
     with replacing(session.path("quant")) as temporary:
         save_quantized(model, temporary)
     save_adapter(session, model)
-    value = session.judge(model, "recovered")
     session.folder.remember(perplexity_recovered=value)
     return f"{len(rows)} steps; perplexity {value:.2f}"
 

@@ -29,6 +29,6 @@ def summary_table(report: Report) -> Table:
         max(report.certificate.permuted_max_error, report.certificate.removed_max_error)
     )
     table.add_row("Certificate, greatest error", "", certificate, _WORDS[certificate_holds(report)])
-    error = formatting.number(report.verify.max_abs_error)
-    table.add_row("ONNX model, greatest error", "", error, _WORDS[verification_holds(report)])
+    agreement = formatting.share(report.verify.top1_agreement)
+    table.add_row("ONNX and torch, same next token", "", agreement, _WORDS[verification_holds(report)])
     return table
