@@ -76,9 +76,8 @@ def run(
     console.print()
     console.print(summary_table(report))
     for generation in report.generations:
-        console.print(
-            f"\nThe ONNX model wrote: {generation.prompt}{generation.compact}", markup=False, highlight=False
-        )
+        text = f"\nThe ONNX model wrote: {generation.prompt}{generation.compact}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"\nThe report is {output / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
