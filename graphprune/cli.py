@@ -76,7 +76,7 @@ def run(
     console.print()
     console.print(summary_table(report))
     for generation in report.generations:
-        text = f"\nThe ONNX model wrote: {generation.prompt}{generation.compact}"
+        text = f"\nThe ONNX model, after “{generation.prompt}”, wrote:\n{generation.compact.strip()}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(f"\nThe report is {output / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 

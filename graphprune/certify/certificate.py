@@ -51,8 +51,9 @@ class Certificate:
 
     @property
     def ok(self) -> bool:
-        """Whether both errors are within the tolerance."""
-        return max(self.permuted_max_error, self.removed_max_error) <= self.tolerance
+        """Whether both errors are within the tolerance, and the removal that was checked did something."""
+        within = self.permuted_max_error <= self.tolerance and self.removed_max_error <= self.tolerance
+        return within and (self.removed_effect > 0 or self.pruned_groups == 0)
 
     def raise_if_failed(self) -> None:
         """Raise if the groups are wrong.

@@ -37,7 +37,7 @@ class Verification:
     """What a verification measured.
 
     Attributes:
-        max_abs_error: Largest difference of a logit between the file as it is and torch with its weights.
+        max_abs_error: Largest difference of a logit between the file and the model, both as they are.
         max_relative_error: The same with exact activations, over the largest logit; the worst of all checks.
         top1_agreement: Share of tokens for which the file as it is and torch rank the same token first.
         kl: Mean Kullback-Leibler divergence of the file as it is from torch, in nats a token.
@@ -64,7 +64,8 @@ def verify_onnx(
     2. Its quantized weights are the model's, or for a `byte_table` the model's with rounded levels.
     3. With exact activations it computes what torch computes with those weights: whole, in a padded batch,
        and token by token from its cache. The bound is `tolerance`.
-    4. As it is, it rounds activations to int8 in quantized products. That error depends on the outliers of the
+    4. As it is, against the model as it is: rounded levels, and activations rounded to int8 in quantized products.
+       That error depends on the outliers of the
        model and has no sharp bound: `LEAST_TOP1` of the tokens must agree, within `LARGEST_KL` nats a token.
 
     Args:
@@ -91,8 +92,9 @@ def verify_onnx(
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), _session_errors(path), replaced(model, rounded):
-            checks |= _compare_exactly(path, model, windows)
+        with torch.inference_mode(), _session_errors(path):
+            with replaced(model, rounded):
+                checks |= _compare_exactly(path, model, windows)
             shipped = _compare_shipped(path, model, windows)
     finally:
         model.train(training)

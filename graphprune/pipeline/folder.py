@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -62,6 +62,14 @@ class RunFolder:
         self.manifest["stages"] = stages
         self._write()
 
+    def forget(self, stages: Iterable[str]) -> None:
+        """Take stages off the record, so that they are done again."""
+        gone = set(stages)
+        self.manifest["stages"] = {
+            name: row for name, row in self.manifest["stages"].items() if name not in gone
+        }
+        self._write()
+
     def remember(self, **values: Any) -> None:
         """Keep measured values for later stages and the report."""
         self.manifest["measured"] = {**self.manifest["measured"], **values}
@@ -89,8 +97,13 @@ def open_run_folder(path: Path, fingerprint: str, *, fresh: bool = False) -> Ite
     Raises:
         RunFolderError: If another process holds it, or it is not a run of this recipe.
     """
-    manifest = _existing_manifest(path)
-    path.mkdir(parents=True, exist_ok=True)
+    manifest = _existing_manifest(path, fresh)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(
+            f"{path} cannot be made: {error.strerror}", "choose another folder with -o"
+        ) from error
     lock = FileLock(path / _LOCK)
     try:
         lock.acquire(timeout=0)
@@ -115,7 +128,7 @@ def open_run_folder(path: Path, fingerprint: str, *, fresh: bool = False) -> Ite
         lock.release()
 
 
-def _existing_manifest(path: Path) -> dict[str, Any] | None:
+def _existing_manifest(path: Path, fresh: bool) -> dict[str, Any] | None:
     if not path.exists():
         return None
     if not path.is_dir():
@@ -132,8 +145,11 @@ def _existing_manifest(path: Path) -> dict[str, Any] | None:
             raise ValueError(f"schema {manifest['schema']}")
         manifest["stages"], manifest["measured"], manifest["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if fresh:
+            return None
         raise RunFolderError(
-            f"{path}/run.json is not a manifest of this version: {error}", "choose another folder with -o"
+            f"{path}/run.json is not a manifest of this version: {error}",
+            "choose another folder with -o, or discard that run with --fresh",
         ) from error
     return manifest
 

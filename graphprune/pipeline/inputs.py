@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from graphprune.coupling.kinds import Kind
 from graphprune.errors import RecipeError
 from graphprune.recipe import Recipe
 from graphprune.saliency.registry import saliency_named
@@ -73,6 +75,11 @@ def open_inputs(recipe: Recipe, base: Path) -> Inputs:
 
 def _check_names(recipe: Recipe) -> None:
     saliency_named(recipe.prune.saliency)
+    for kind in recipe.prune.kinds:
+        if kind not in get_args(Kind):
+            close = difflib.get_close_matches(kind, get_args(Kind), n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(get_args(Kind))}"
+            raise RecipeError(f"prune.kinds: there is no kind '{kind}' of node groups", hint)
     for key, name in (
         ("quantize.format", recipe.quantize.format),
         ("quantize.embedding", recipe.quantize.embedding),

@@ -80,6 +80,8 @@ class Reporter:
 
                 yield move
         else:
+            if total is None:
+                self.say(f"    {title}")
             yield self._plain(title, total)
 
     def _plain(self, title: str, known: int | None) -> Tick:

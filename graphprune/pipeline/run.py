@@ -17,6 +17,16 @@ from graphprune.pipeline.summary import report_stage
 from graphprune.recipe import dump_recipe, load_recipe
 from graphprune.report.schema import Report, read_report
 
+# What a later stage or the user reads: a stage whose files are gone is done again.
+OUTPUTS = {
+    "trace": ("graph/groups.json",),
+    "certify": ("graph/certificate.json",),
+    "prune": ("plan.json", "training/metrics.jsonl", "model/config.json", "model/model.safetensors"),
+    "quantize": ("quant/quant.json", "quant/quant.safetensors"),
+    "recover": ("quant/quant.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
+    "export": ("onnx/model.onnx", "onnx/model.onnx.data", "onnx/genai_config.json"),
+}
+
 STAGES: dict[str, Callable[[Session], str]] = {
     "evaluate": stages.dense_stage,
     "trace": stages.trace_stage,
@@ -63,14 +73,24 @@ def run(
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
         with reporter.logging_to(folder / "log.txt"):
             session = Session(inputs, folder, reporter)
+            _forget_lost(folder)
             reused = [name for name in STAGES if folder.done(name)]
             for name, stage in STAGES.items():
                 _do(name, stage, session)
             missing = [name for name in STAGES if not folder.done(name)]
             if missing:
                 raise RunFolderError(f"stages were left out: {', '.join(missing)}", "run again")
-            report_stage(session, reused, command)
+            report_stage(session, list(STAGES), reused, command)
     return read_report(output / "report.json")
+
+
+def _forget_lost(folder: RunFolder) -> None:
+    """Forget the stages from the first one on whose files are no longer there."""
+    names = list(STAGES)
+    for position, name in enumerate(names):
+        if folder.done(name) and not all((folder / path).is_file() for path in OUTPUTS.get(name, ())):
+            folder.forget(names[position:])
+            return
 
 
 def _do(name: str, stage: Callable[[Session], str], session: Session) -> None:
@@ -81,5 +101,8 @@ def _do(name: str, stage: Callable[[Session], str], session: Session) -> None:
         return
     with Stopwatch() as watch:
         note = stage(session)
+    missing = [path for path in OUTPUTS.get(name, ()) if not (folder / path).is_file()]
+    if missing:
+        raise RunFolderError(f"stage '{name}' did not write {', '.join(missing)}", "please report it")
     folder.finish(name, StageRecord(watch.seconds, watch.peak_bytes, note))
     session.reporter.say(f"{name:9} {watch.seconds:6.1f} s, {watch.peak_bytes / 1e9:.1f} GB: {note}")

@@ -19,6 +19,7 @@ from graphprune.export.write import export_onnx
 from graphprune.files import remove, replacing, size_of, write_json, write_text
 from graphprune.pipeline.model_folder import save_adapter, save_model
 from graphprune.pipeline.session import Session
+from graphprune.prune.precision import use_bfloat16
 from graphprune.prune.progressive import prune_progressively, unit_scores
 from graphprune.prune.training import Row
 from graphprune.recover.recovery import recover
@@ -112,6 +113,7 @@ def prune_stage(session: Session) -> str:
             for name, count in budget.removed_units.items()
         ],
         parameters_after=budget.after,
+        training_dtype="bfloat16" if use_bfloat16(settings.training, model) else "float32",
         surgery_error=distance,
     )
     return (
@@ -161,11 +163,12 @@ def quantize_stage(session: Session) -> str:
             for layer in layers
         ],
     )
-    mean = [
-        sum(errors) / len(layers)
-        for errors in zip(*((r.errors[0], min(r.errors)) for r in layers), strict=True)
-    ]
-    return f"{len(layers)} layers in {settings.format}: error {mean[0]:.3f} → {mean[1]:.3f}; perplexity {value:.2f}"
+    adapted = [layer.errors for layer in layers if layer.format == settings.format]
+    plain = sum(errors[0] for errors in adapted) / len(adapted)
+    best = sum(min(errors) for errors in adapted) / len(adapted)
+    return (
+        f"{len(adapted)} layers in {settings.format}: error {plain:.3f} → {best:.3f}; perplexity {value:.2f}"
+    )
 
 
 def recover_stage(session: Session) -> str:

@@ -35,17 +35,18 @@ _PACKAGES = (
 )
 
 
-def report_stage(session: Session, reused: list[str], command: str) -> None:
+def report_stage(session: Session, order: list[str], reused: list[str], command: str) -> None:
     """Write report.json, report.html, environment.json and the pictures.
 
     Args:
         session: The run, all of whose stages are done.
+        order: Names of the stages, as they were done.
         reused: Stages that an earlier call had done.
         command: How to do it again.
     """
     groups = json.loads(session.path("graph/groups.json").read_text(encoding="utf-8"))["groups"]
     metrics = [json.loads(line) for line in session.path("training/metrics.jsonl").read_text().splitlines()]
-    report = _report(session, groups, reused, command)
+    report = _report(session, groups, order, reused, command)
     pictures = {
         "groups": group_picture(groups, f"Node groups of one block of {report.model.name}"),
         "widths": widths_picture([width.model_dump() for width in report.widths]),
@@ -57,7 +58,9 @@ def report_stage(session: Session, reused: list[str], command: str) -> None:
     write_report(session.folder.path, report, pictures, paths)
 
 
-def _report(session: Session, groups: list[dict[str, Any]], reused: list[str], command: str) -> Report:
+def _report(
+    session: Session, groups: list[dict[str, Any]], order: list[str], reused: list[str], command: str
+) -> Report:
     measured = session.folder.manifest["measured"]
     certificate = json.loads(session.path("graph/certificate.json").read_text(encoding="utf-8"))
     recipe, before, after = session.recipe, measured["parameters"], measured["parameters_after"]
@@ -91,8 +94,12 @@ def _report(session: Session, groups: list[dict[str, Any]], reused: list[str], c
             "tolerances": _tolerances(measured["verification"]["checks"]),
         },
         "stages": [
-            {"name": name, **record, "state": "reused" if name in reused else "done"}
-            for name, record in session.folder.manifest["stages"].items()
+            {
+                "name": name,
+                **session.folder.manifest["stages"][name],
+                "state": "reused" if name in reused else "done",
+            }
+            for name in order
         ],
         "groups": _folded(groups),
         "widths": measured["widths"],
@@ -164,11 +171,15 @@ def _folded(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _limits(session: Session) -> list[str]:
-    windows, recipe = session.inputs.evaluate, session.recipe
+    windows, recipe, train = session.inputs.evaluate, session.recipe, session.inputs.train
+    prune, recover = recipe.prune, recipe.recover
+    pruning = prune.warmup_steps + prune.periods * prune.period_steps + prune.settle_steps
+    seen = pruning * prune.training.batch_size + recover.steps * recover.training.batch_size
     return [
         f"Perplexity is measured on {windows.tokens} tokens of one text; differences of a few per cent are noise.",
-        f"{len(session.inputs.train)} windows of {recipe.data.window} tokens were there to learn from, once or twice: "
-        "a demonstration of the method, not of what it reaches with a real training budget.",
+        f"Training read {seen} windows of {recipe.data.window} tokens, of {len(train)} that there are, in "
+        f"{session.folder.measured('training_dtype')}: a demonstration of the method, not of what it reaches with a "
+        "real training budget.",
         "Speeds are those of this machine at batch 1, the best of two alternating rounds, with whatever else it did.",
         "Nothing here measures knowledge, safety or behaviour in conversation: test what you ship.",
     ]

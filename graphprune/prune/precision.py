@@ -11,11 +11,11 @@ from torch import nn
 from graphprune.recipe import Training
 
 
-def use_bfloat16(training: Training) -> bool:
-    """Return whether to compute in bfloat16: as asked, or where the processor multiplies it natively."""
+def use_bfloat16(training: Training, model: nn.Module) -> bool:
+    """Return whether to compute in bfloat16: as asked, or where the model's device multiplies it natively."""
     if training.precision != "auto":
         return training.precision == "bfloat16"
-    if torch.cuda.is_available():
+    if next(model.parameters()).device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return bool(torch.cpu._is_avx512_bf16_supported())
 

@@ -49,7 +49,7 @@ def unit_scores(
     """Score every unit that may go on the calibration windows, drawn at random from the training text."""
     gates = Gates(model, groups, [group.name for group in targets(groups, settings.kinds)])
     ids = _calibration(settings, windows, seed)
-    autocast = use_bfloat16(settings.training)
+    autocast = use_bfloat16(settings.training, model)
     objective = Objective(logits_of(model), None, 0.0, autocast)
     try:
         with _computing_in(model, autocast):
@@ -121,7 +121,7 @@ def prune_progressively(
                 logits: Tensor = model(input_ids=ids, use_cache=False).logits
                 return logits
 
-        autocast = use_bfloat16(training)
+        autocast = use_bfloat16(training, model)
         with _computing_in(model, autocast):
             if settings.repair:
                 calibration = _calibration(settings, windows, seed).split(training.batch_size)

@@ -42,13 +42,13 @@ class Objective:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the loss of a batch, a scalar."""
-        with _precision(self.autocast):
+        with _precision(self.autocast, ids):
             predicted = self.student(ids)[:, :-1].flatten(0, 1).float().log_softmax(-1)
         loss = nn.functional.nll_loss(predicted, ids[:, 1:].flatten())
         if self.teacher is None or self.distill == 0:
             return loss
         with torch.no_grad():
-            with _precision(self.autocast):
+            with _precision(self.autocast, ids):
                 wanted = self.teacher(ids)[:, :-1].flatten(0, 1).float().log_softmax(-1)
             probability = wanted.exp()
             entropy = -(probability * wanted).sum()
@@ -120,11 +120,8 @@ def logits_of(model: nn.Module) -> Logits:
     return logits
 
 
-def _precision(autocast: bool) -> Any:
-    if not autocast:
-        return nullcontext()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, dtype=torch.bfloat16)
+def _precision(autocast: bool, ids: Tensor) -> Any:
+    return torch.autocast(ids.device.type, dtype=torch.bfloat16) if autocast else nullcontext()
 
 
 def _rate(step: int, steps: int, warmup: int) -> float:

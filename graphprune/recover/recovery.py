@@ -46,7 +46,7 @@ def recover(
     if not adapters:
         raise TrainingError("the quantized model has no adapters to train", "raise quantize.rank")
     training = settings.training
-    autocast = use_bfloat16(training)
+    autocast = use_bfloat16(training, model)
     wanted = None if teacher is None else _without_gradients(teacher)
     with _dequantized(model, teacher, autocast):
         return train(

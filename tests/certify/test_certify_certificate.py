@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +27,16 @@ def test_llama_with_adapters_is_certified(adapted):
     assert certificate.removed_effect > 1e-2
     assert certificate.failures == ()
     certificate.raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"removed_max_error": float("nan")}, {"permuted_max_error": float("nan")}, {"removed_effect": 0.0}],
+)
+def test_a_number_that_proves_nothing_is_no_proof(llama, wrong):
+    certificate = certify(llama.model, llama.groups, llama.inputs)
+    assert certificate.ok
+    assert not dataclasses.replace(certificate, **wrong).ok
 
 
 @pytest.mark.parametrize("seed", range(3))

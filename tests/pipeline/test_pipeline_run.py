@@ -150,6 +150,7 @@ def test_a_second_run_reuses_every_stage(finished, bench, monkeypatch):
     monkeypatch.setattr(module, "STAGES", dict.fromkeys(STAGES, forbidden))
     second = run(bench.recipe, folder, SILENT)
     assert all(stage.state == "reused" for stage in second.stages)
+    assert [stage.name for stage in second.stages] == list(STAGES)
     assert second.perplexity == first.perplexity
     assert content(folder / "onnx") == before
 
@@ -205,7 +206,7 @@ def test_a_run_whose_process_was_killed_goes_on_and_leaves_no_rubbish(bench, tmp
 
 def test_a_stage_that_does_nothing_is_noticed(bench, tmp_path, monkeypatch):
     """Each stage's result is needed by a later one or by the report."""
-    for name in ("trace", "certify", "prune", "quantize"):
+    for name in STAGES:
         monkeypatch.setattr(module, "STAGES", {**STAGES, name: lambda session: "skipped"})
         with pytest.raises((GraphPruneError, OSError, KeyError, ValueError)):
             run(bench.recipe, tmp_path / name, SILENT)
@@ -222,6 +223,7 @@ def test_a_stage_that_does_nothing_is_noticed(bench, tmp_path, monkeypatch):
         (("evaluate_window: 32", "evaluate_window: 4000"), SourceError, "too short"),
         (("format: nf4", "format: nf5"), RecipeError, "quantize.format"),
         (("settle_steps: 1", "settle_steps: 1\n  saliency: magic"), RecipeError, "no saliency 'magic'"),
+        (("settle_steps: 1", "settle_steps: 1\n  kinds: [fnn]"), RecipeError, "did you mean 'ffn'"),
         (("seed: 3", "seed: 4"), RunFolderError, "another recipe"),
     ],
 )
@@ -239,6 +241,32 @@ def test_a_folder_of_somebody_else_is_not_touched(bench, tmp_path):
     with pytest.raises(RunFolderError, match="not a graphprune run"):
         run(bench.recipe, tmp_path, SILENT, fresh=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_files_that_are_gone_are_made_again(finished, bench, tmp_path):
+    import shutil
+
+    folder, first = finished
+    copy = tmp_path / "RUN"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "onnx")
+    second = run(bench.recipe, copy, SILENT)
+    assert {stage.name for stage in second.stages if stage.state == "done"} == {"export", "speed"}
+    assert second.perplexity.onnx == pytest.approx(first.perplexity.onnx, rel=1e-5)
+    assert (copy / "onnx" / "model.onnx").is_file()
+
+
+def test_a_manifest_that_is_broken_can_be_discarded(bench, tmp_path):
+    (tmp_path / "run.json").write_text("{half")
+    with pytest.raises(RunFolderError, match="--fresh"):
+        run(bench.recipe, tmp_path, SILENT)
+    assert (tmp_path / "run.json").read_text() == "{half"
+
+
+def test_an_output_below_a_file_is_refused(bench, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunFolderError, match="cannot be made"):
+        run(bench.recipe, tmp_path / "file" / "RUN", SILENT)
 
 
 def test_a_folder_that_another_process_holds_is_refused(finished, bench):

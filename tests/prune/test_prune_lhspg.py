@@ -11,7 +11,9 @@ from torch import nn
 
 from graphprune.errors import TrainingError
 from graphprune.prune.lhspg import LHSPG
+from graphprune.prune.precision import frozen_in_bfloat16, use_bfloat16
 from graphprune.prune.training import Objective, logits_of, train
+from graphprune.recipe import Training
 from graphprune.saliency.gates import Gates
 from graphprune.source.adapters import attach_adapters
 
@@ -196,3 +198,21 @@ def test_distillation_is_the_divergence_from_the_teacher():
     p, q = (t[:, :-1].double().softmax(-1) for t in (teacher, student))
     divergence = (p * (p / q).log()).sum(-1).mean()
     assert float(total - plain) == pytest.approx(0.7 * float(divergence), rel=1e-5)
+
+
+def test_the_precision_follows_the_models_device_not_what_else_the_machine_has(monkeypatch):
+    """A model on the CPU of a machine with a GPU trains as on any CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    bench = Bench()
+    assert not use_bfloat16(Training(), bench.model)
+    assert use_bfloat16(Training(precision="bfloat16"), bench.model)
+    before = {name: p.detach().clone() for name, p in bench.model.named_parameters()}
+    with frozen_in_bfloat16(bench.model):
+        loss = Objective(logits_of(bench.model), None, 0.0, True)(IDS)
+        loss.backward()
+    assert all(torch.equal(before[name], p) for name, p in bench.model.named_parameters())
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in bench.adapters)
+    with torch.no_grad():
+        assert float(loss) == pytest.approx(float(bench.loss(IDS)), rel=2e-2)
