@@ -61,6 +61,11 @@ class Certificate:
         Raises:
             VerificationError: With the numbers and the groups that fail.
         """
+        if self.removed_effect == 0 and self.pruned_groups:
+            raise VerificationError(
+                "the units that were removed for the check had no effect on the outputs, so nothing is proven",
+                "certify with another seed, or with example inputs that reach those units",
+            )
         if not self.ok:
             raise VerificationError(
                 f"the node groups are wrong for this model: permutation moves its outputs by "
