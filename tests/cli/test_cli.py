@@ -38,7 +38,7 @@ import graphprune.trace.fx, graphprune.shrink.model as model, graphprune.certify
 from graphprune.trace.fx import trace
 import torch
 torch.manual_seed(0)
-layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval()
+layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).eval()
 inputs = {"input": torch.randn(5, 3)}
 groups = gp.node_groups(gp.trace(layers, inputs))
 name = next(name for name in groups if groups[name].prunable)
