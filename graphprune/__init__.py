@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from graphprune.prune.lhspg import LHSPG as LHSPG
     from graphprune.shrink.model import shrink as shrink
     from graphprune.shrink.plan import Plan as Plan
-    from graphprune.trace.fx import trace as trace
+    from graphprune.trace.model import trace as trace
 
 __version__ = "0.1.0"
 

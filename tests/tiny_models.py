@@ -10,7 +10,7 @@ from torch import nn
 
 from graphprune.coupling.groups import NodeGroups, node_groups
 from graphprune.source.model import example_inputs
-from graphprune.trace.fx import trace
+from graphprune.trace.model import trace
 
 HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY, LAYERS = 32, 48, 4, 2, 67, 2
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graphprune.certify.routing import forbid_choices
 from graphprune.coupling.groups import NodeGroup, NodeGroups
 from graphprune.coupling.selection import Indices
 from graphprune.errors import CouplingError, VerificationError
@@ -143,32 +144,36 @@ class _Trial:
     def permuted_error(self, groups: list[NodeGroup]) -> float:
         """Renumber the units of `groups` at random; return how far the outputs move."""
         order = {group.name: self._generator.permutation(group.size) for group in groups}
-        return _error(self._program(self._selected(order), self._inputs), self._reference)
+        return self._error_of(order, self._reference)
 
     def removed_error(self, groups: list[NodeGroup]) -> tuple[float, float]:
         """Remove random units of `groups`; return the distance from zeroing them, and what zeroing did."""
-        kept = {group.name: self._survivors(group.size) for group in groups}
+        kept = {group.name: self._survivors(group) for group in groups}
         zeroed = {
             name: zero_weight(name, tensor, self._groups, kept) for name, tensor in self._weights.items()
         }
-        expected = self._program(zeroed, self._inputs)
+        expected = forbid_choices(self._program, self._groups, kept)(zeroed, self._inputs)
         del zeroed
-        smaller = resize(self._program, self._groups, kept)
-        effect = _error(expected, self._reference)
+        return self._error_of(kept, expected), _error(expected, self._reference)
+
+    def _error_of(self, kept: Mapping[str, Indices], expected: tuple[Tensor, ...]) -> float:
+        """Run with some units only, in some order, and compare."""
+        selected = resize(self._program, self._groups, kept)
         try:
-            removed = smaller(self._selected(kept), self._inputs)
-        except RuntimeError:  # shapes that no longer fit each other: the groups are wrong
-            return float("inf"), effect
-        return _error(removed, expected), effect
+            outputs = selected(self._selected(kept), self._inputs)
+        except (RuntimeError, IndexError, ValueError):  # shapes that no longer fit each other: the groups are wrong
+            return float("inf")
+        return _error(outputs, expected)
 
     def _selected(self, kept: Mapping[str, Indices]) -> dict[str, Tensor]:
         return {
             name: select_weight(name, tensor, self._groups, kept) for name, tensor in self._weights.items()
         }
 
-    def _survivors(self, size: int) -> Indices:
-        gone = self._generator.integers(1, max(2, size // 2 + 1))
-        return np.sort(self._generator.permutation(size)[gone:])
+    def _survivors(self, group: NodeGroup) -> Indices:
+        most = min(group.size // 2, group.size - group.minimum)
+        gone = self._generator.integers(1, max(1, most) + 1)
+        return np.sort(self._generator.permutation(group.size)[gone:])
 
 
 def _double(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,10 +15,10 @@ import numpy as np
 from graphprune.coupling.algebra import Algebra, Axes, Side
 from graphprune.coupling.analysis import analyze
 from graphprune.coupling.kinds import Kind, infer_kind
-from graphprune.coupling.layout import Layout
+from graphprune.coupling.layout import Layout, atoms_of, find
 from graphprune.coupling.selection import Indices, Selection, select, unit_of_index
 from graphprune.errors import CouplingError
-from graphprune.trace.graph import OperatorGraph
+from graphprune.trace.graph import Operator, OperatorGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,8 @@ class Member:
         parameter: Qualified name.
         axis: Which axis.
         side: Whether a contraction produces its result along this axis, consumes its input along it, or
-            neither (norms, biases and buffers carry it).
+            neither (norms, biases and buffers carry it). A shared buffer is *selected*: it stays whole, and what is
+            computed from it is read through a selection by the operators of this group.
         shape: The whole parameter's shape.
         indices_per_unit: How many indices of the axis one unit owns.
         role: "parameter" or "buffer".
@@ -41,6 +42,7 @@ class Member:
     shape: tuple[int, ...]
     indices_per_unit: int
     role: str
+    layout: Layout = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class NodeGroup:
         prunable: Whether units may be removed.
         reason: Why not prunable; None if it is.
         parameters_per_unit: Elements of parameters that go with one unit.
+        minimum: How many units must stay: 1, or as many as a top-k picks.
     """
 
     name: str
@@ -66,7 +69,16 @@ class NodeGroup:
     prunable: bool
     reason: str | None
     parameters_per_unit: int
+    minimum: int
     atom: Layout = field(repr=False, compare=False)
+
+    def owner(self, member: Member) -> Indices:
+        """Return, for each index of a member's axis, the unit that owns it, or -1."""
+        return unit_of_index(member.layout, self.atom)
+
+    def indices(self, member: Member, unit: int) -> Indices:
+        """Return which indices of a member's axis a unit owns."""
+        return np.flatnonzero(self.owner(member) == unit)
 
     @property
     def consumers(self) -> tuple[Member, ...]:
@@ -85,6 +97,9 @@ class NodeGroups(Mapping[str, NodeGroup]):
         self.graph = graph
         self._algebra = algebra
         self._groups = {group.name: group for group in groups}
+        self._copies: dict[str, dict[str, Axes]] = {}
+        for (operator, value), copy in algebra.copies.items():
+            self._copies.setdefault(operator, {})[value] = copy.axes
 
     def __getitem__(self, name: str) -> NodeGroup:
         try:
@@ -107,16 +122,9 @@ class NodeGroups(Mapping[str, NodeGroup]):
         """Return the layouts of a weight's or an activation's axes, or None if no operator touched it."""
         return self._algebra.known(value_name)
 
-    def indices(self, group: NodeGroup, member: Member, unit: int) -> Indices:
-        """Return which indices of a member's axis a unit of `group` owns."""
-        return np.flatnonzero(self.owner(group, member) == unit)
-
-    def owner(self, group: NodeGroup, member: Member) -> Indices:
-        """Return, for each index of a member's axis, the unit of `group` that owns it, or -1."""
-        axes = self.axes(member.parameter)
-        if axes is None:
-            raise CouplingError(f"no operator reads '{member.parameter}'", "take members from group.members")
-        return unit_of_index(self._algebra.solver, axes[member.axis], group.atom)
+    def read(self, operator: str) -> dict[str, Axes]:
+        """Return what an operator reads through a copy of its layout: axes by the value's name."""
+        return self._copies.get(operator, {})
 
     def selection(self, kept: Mapping[str, Indices]) -> Selection:
         """Turn units to keep by group name into a selection for `keep`."""
@@ -124,7 +132,7 @@ class NodeGroups(Mapping[str, NodeGroup]):
 
     def keep(self, layout: Layout, selection: Selection) -> Indices:
         """Return the indices of an axis that a selection keeps, in their new order."""
-        return select(self._algebra.solver, layout, selection)
+        return select(layout, selection)
 
     def atoms(self, layout: Layout) -> Iterator[Layout]:
         """Yield the atoms that an axis is made of."""
@@ -136,11 +144,71 @@ class NodeGroups(Mapping[str, NodeGroup]):
 
     @cached_property
     def coupling(self) -> nx.Graph[int]:
-        """The coupling graph: layouts as nodes, and as edges the operators that demand them equal."""
+        """The coupling graph: layouts as nodes, and as edges the operators that demand them equal.
+
+        A node has the ``size`` of its layout, an edge the ``operator`` and the ``relation``: two layouts are *equal*,
+        or one is a *part* of the other.
+        """
         graph: nx.Graph[int] = nx.Graph()
         for coupling in self._algebra.solver.couplings:
-            graph.add_edge(coupling.first, coupling.second, operator=coupling.operator)
+            graph.add_edge(coupling.first, coupling.second, operator=coupling.operator, relation=coupling.relation)
+        for node in graph:
+            graph.nodes[node]["size"] = self._algebra.solver.layouts[node].size
         return graph
+
+    def why(self, first: str, second: str) -> tuple[Operator, ...]:
+        """Return the shortest path of operators that couples two axes.
+
+        Args:
+            first: An axis of a weight, such as ``model.layers.0.mlp.gate_proj.weight:0``.
+            second: Another.
+
+        Returns:
+            Operators in order; none if the two are one axis of one weight.
+
+        Raises:
+            CouplingError: If there is no such axis, or nothing couples the two.
+        """
+        starts, ends = self._axis(first), self._axis(second)
+        shared = {atom.identity for atom in atoms_of(starts)} & {atom.identity for atom in atoms_of(ends)}
+        layouts = self._algebra.solver.layouts
+        for identity in sorted(shared, key=lambda atom: -layouts[atom].size):
+            of_atom = self._layouts_of_atom[identity]
+            path = nx.shortest_path(self.coupling.subgraph(of_atom), starts.identity, ends.identity)
+            names = [self.coupling.edges[edge]["operator"] for edge in itertools.pairwise(path)]
+            return tuple(self._operators[name] for name, _ in itertools.groupby(names) if name)
+        raise CouplingError(
+            f"nothing couples {first} and {second}", "see the members of each group: groups[name].members"
+        )
+
+    def operators_of(self, group: NodeGroup) -> tuple[Operator, ...]:
+        """Return the operators that couple a group's members, in the graph's order."""
+        graph = self.coupling.subgraph(self._layouts_of_atom.get(group.atom.identity, ()))
+        names = {name for _, _, name in graph.edges(data="operator")}
+        return tuple(operator for name, operator in self._operators.items() if name in names)
+
+    @cached_property
+    def _operators(self) -> dict[str, Operator]:
+        return {operator.name: operator for operator in self.graph.operators}
+
+    @cached_property
+    def _layouts_of_atom(self) -> dict[int, set[int]]:
+        found: dict[int, set[int]] = {}
+        for node in self.coupling:
+            for atom in atoms_of(self._algebra.solver.layouts[node]):
+                found.setdefault(atom.identity, set()).add(node)
+        return found
+
+    def _axis(self, name: str) -> Layout:
+        parameter, _, axis = name.rpartition(":")
+        weight = self.graph.tied.get(parameter, parameter)
+        axes = self._algebra.known(weight) if weight in self.graph.weights else None
+        if axes is None or not axis.isdigit() or int(axis) >= len(axes):
+            raise CouplingError(
+                f"there is no axis '{name}'",
+                "name a weight that some operator reads, and an axis of it: 'model.norm.weight:0'",
+            )
+        return axes[int(axis)]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the groups as plain rows for groups.json, reports and pictures."""
@@ -157,40 +225,71 @@ def node_groups(graph: OperatorGraph) -> NodeGroups:
         A mapping from name to group, ordered as the parameters stand in the model and reproducible.
     """
     algebra = analyze(graph)
-    found: dict[int, list[Member]] = {}
+    found: dict[int, dict[tuple[str, int], Member]] = {}
     atoms: dict[int, Layout] = {}
-    for name, value in graph.weights.items():
-        axes = algebra.known(name)
-        if axes is None:
-            continue
-        for position, axis in enumerate(axes):
-            for identity, count in _occurrences(algebra, axis, atoms).items():
-                side = algebra.sides.get((name, position), "carries")
-                member = Member(name, position, side, value.shape, count, value.role)
-                found.setdefault(identity, []).append(member)
+    for member, axis in (*_own_members(graph, algebra), *_selected_members(graph, algebra)):
+        for identity, count in _occurrences(axis, atoms).items():
+            counted = replace(member, indices_per_unit=count)
+            found.setdefault(identity, {}).setdefault((member.parameter, member.axis), counted)
     names: Counter[str] = Counter()
-    groups = tuple(_group(atoms[identity], tuple(members), names) for identity, members in found.items())
+    groups = tuple(
+        _group(atoms[identity], tuple(members.values()), names)
+        for identity, members in found.items()
+        if any(member.role == "parameter" for member in members.values())
+    )
     return NodeGroups(graph, algebra, groups)
 
 
-def _occurrences(algebra: Algebra, axis: Layout, atoms: dict[int, Layout]) -> dict[int, int]:
+def _own_members(graph: OperatorGraph, algebra: Algebra) -> Iterator[tuple[Member, Layout]]:
+    """Yield every axis of every weight that some operator reads."""
+    for name, value in graph.weights.items():
+        for position, axis in enumerate(algebra.known(name) or ()):
+            side = algebra.sides.get((name, position), "carries")
+            yield Member(name, position, side, value.shape, 0, value.role, axis), axis
+
+
+def _selected_members(graph: OperatorGraph, algebra: Algebra) -> Iterator[tuple[Member, Layout]]:
+    """Yield the axes of buffers as operators read them through a copy: rotary frequencies, for one."""
+    by_layout: dict[int, list[Member]] = {}
+    for name, value in graph.weights.items():
+        for position, axis in enumerate(algebra.known(name) or ()):
+            if value.role == "buffer" and axis.size > 1:
+                member = Member(name, position, "selected", value.shape, 0, value.role, axis)
+                by_layout.setdefault(find(axis).identity, []).append(member)
+    for copy in algebra.copies.values():
+        for source, layout in copy.made.items():
+            for member in by_layout.get(find(algebra.solver.layouts[source]).identity, ()):
+                yield replace(member, layout=layout), layout
+
+
+def _occurrences(axis: Layout, atoms: dict[int, Layout]) -> dict[int, int]:
     """Return how many indices a unit of each atom owns on an axis, by the atom's identity.
 
     Atoms of a single unit are left out: there is nothing to permute, and nothing may be removed.
     """
-    present = {atom.identity: atom for atom in algebra.solver.atoms(axis) if atom.size > 1}
-    atoms.update(present)
-    return {
-        identity: int((unit_of_index(algebra.solver, axis, atom) == 0).sum())
-        for identity, atom in present.items()
-    }
+    counts: dict[int, int] = {}
+    _count(find(axis), 1, counts, atoms)
+    return counts
+
+
+def _count(layout: Layout, times: int, counts: dict[int, int], atoms: dict[int, Layout]) -> None:
+    """Add to `counts` how many indices one unit of each atom owns, each of which stands for `times` indices."""
+    if layout.form == "atom":
+        if layout.size > 1:
+            atoms[layout.identity] = layout
+            counts[layout.identity] = counts.get(layout.identity, 0) + times
+        return
+    for part in layout.parts:
+        part = find(part)
+        inner = layout.size // part.size if layout.form == "product" else 1
+        _count(part, times * inner, counts, atoms)
 
 
 def _group(atom: Layout, members: tuple[Member, ...], names: Counter[str]) -> NodeGroup:
     parameters = [member for member in members if member.role == "parameter"]
     sides = [member.side for member in parameters]
     kind = infer_kind(atom.marks, sides, len({member.parameter for member in parameters}))
-    reason = next(iter((*atom.pins, *atom.blocks)), None)
+    reason = _reason(atom)
     freed = sum(
         int(np.prod(member.shape)) // member.shape[member.axis] * member.indices_per_unit
         for member in parameters
@@ -208,8 +307,20 @@ def _group(atom: Layout, members: tuple[Member, ...], names: Counter[str]) -> No
         prunable=reason is None,
         reason=reason,
         parameters_per_unit=freed,
+        minimum=atom.minimum,
         atom=atom,
     )
+
+
+def _reason(atom: Layout) -> str | None:
+    """Return why no unit of an atom may be removed, or None."""
+    for reason in (*atom.pins, *atom.blocks):
+        return reason
+    if "softmax" in atom.marks and "routed" not in atom.marks:
+        return "softmax over this axis: its other units would change"
+    if atom.minimum >= atom.size:
+        return f"a top-k picks {atom.minimum} of its {atom.size} units"
+    return None
 
 
 def _common_path(parameters: list[str]) -> str:

@@ -8,7 +8,15 @@ from typing import Literal
 from graphprune.coupling.algebra import Side
 
 Kind = Literal[
-    "attention_heads", "query_heads", "head_dim", "ffn", "hidden", "lora_rank", "vocabulary", "other"
+    "attention_heads",
+    "query_heads",
+    "head_dim",
+    "ffn",
+    "hidden",
+    "expert",
+    "lora_rank",
+    "vocabulary",
+    "other",
 ]
 
 
@@ -23,6 +31,7 @@ def infer_kind(marks: Collection[str], sides: Collection[Side], weights: int) ->
     Returns:
         The first kind that fits:
 
+        - ``expert``: units that a top-k chooses from;
         - ``vocabulary``: rows of a table that is read by index;
         - ``head_dim``: contracted between query and key, or the width of a head's values (rotary pairs too);
         - ``query_heads``: heads that share one key head; ``attention_heads``: key heads with all that hangs on them;
@@ -30,6 +39,8 @@ def infer_kind(marks: Collection[str], sides: Collection[Side], weights: int) ->
         - ``ffn``: a width with a non-linearity in it;
         - ``lora_rank``: the waist of two linear maps with nothing in between.
     """
+    if "routed" in marks:
+        return "expert"
     if "lookup" in marks:
         return "vocabulary"
     if "head_dim" in marks:
@@ -38,7 +49,7 @@ def infer_kind(marks: Collection[str], sides: Collection[Side], weights: int) ->
         return "query_heads" if "repeated" in marks else "attention_heads"
     if "normalised" in marks:
         return "hidden"
-    if "nonlinear" in marks:
+    if "nonlinear" in marks and "window" not in marks and {"produces", "consumes"} <= set(sides):
         return "ffn"
     if weights == 2 and set(sides) == {"produces", "consumes"}:
         return "lora_rank"

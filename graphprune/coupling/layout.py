@@ -28,9 +28,22 @@ class Layout:
         pins: Reasons why its units may be neither permuted nor removed.
         blocks: Reasons why its units may be permuted, but not removed.
         marks: What operators do with it, from which the kind of a group is inferred.
+        anchored: Whether it is an axis of the model's inputs, so that no part of the graph may read a selection of it.
+        minimum: How many of its units must stay.
     """
 
-    __slots__ = ("blocks", "form", "identity", "marks", "parent", "parts", "pins", "size")
+    __slots__ = (
+        "anchored",
+        "blocks",
+        "form",
+        "identity",
+        "marks",
+        "minimum",
+        "parent",
+        "parts",
+        "pins",
+        "size",
+    )
 
     def __init__(self, identity: int, size: int, form: Form, parts: tuple[Layout, ...] = ()) -> None:
         self.identity = identity
@@ -41,23 +54,52 @@ class Layout:
         self.pins: dict[str, None] = {}  # a dict keeps the order in which reasons came up
         self.blocks: dict[str, None] = {}
         self.marks: dict[str, None] = {}
+        self.anchored = False
+        self.minimum = 1
+
+
+def find(layout: Layout) -> Layout:
+    """Return the layout that stands for `layout` after all unifications so far."""
+    while layout.parent is not None:
+        if layout.parent.parent is not None:
+            layout.parent = layout.parent.parent
+        layout = layout.parent
+    return layout
+
+
+def atoms_of(layout: Layout) -> Iterator[Layout]:
+    """Yield the atoms that `layout` is made of, in order, each as often as it occurs."""
+    layout = find(layout)
+    if layout.form == "atom":
+        yield layout
+    else:
+        for part in layout.parts:
+            yield from atoms_of(part)
 
 
 @dataclass(frozen=True, slots=True)
 class Coupling:
-    """One demand that two layouts be equal, by the operator that made it."""
+    """One demand that two layouts be equal, or one being a part of the other, by the operator that made it."""
 
     first: int
     second: int
     operator: str
+    relation: Literal["equal", "part"] = "equal"
 
 
 class LayoutSolver:
-    """Creates layouts, unifies them, and remembers which operator coupled what."""
+    """Creates layouts, unifies them, and remembers which operator coupled what.
+
+    Attributes:
+        layouts: All that were made; a layout's identity is its place in this list.
+        couplings: Which operator demanded that which layouts be equal, or composed which of which.
+        operator: The operator that is being read.
+    """
 
     def __init__(self) -> None:
+        self.layouts: list[Layout] = []
         self.couplings: list[Coupling] = []
-        self._count = 0
+        self.operator = ""
 
     def atom(self, size: int) -> Layout:
         """Return a new index set of `size`."""
@@ -79,25 +121,41 @@ class LayoutSolver:
             return kept[0]
         return self._new(sum(segment.size for segment in kept), "concat", tuple(kept))
 
-    def find(self, layout: Layout) -> Layout:
-        """Return the layout that stands for `layout` after all unifications so far."""
-        while layout.parent is not None:
-            if layout.parent.parent is not None:
-                layout.parent = layout.parent.parent
-            layout = layout.parent
-        return layout
-
     def pin(self, layout: Layout, reason: str) -> None:
         """Forbid to permute or remove units of `layout`."""
-        self.find(layout).pins.setdefault(reason)
+        find(layout).pins.setdefault(reason)
 
     def block(self, layout: Layout, reason: str) -> None:
         """Forbid to remove units of `layout`; they may still be permuted."""
-        self.find(layout).blocks.setdefault(reason)
+        find(layout).blocks.setdefault(reason)
 
     def mark(self, layout: Layout, mark: str) -> None:
         """Note what an operator does with `layout`."""
-        self.find(layout).marks.setdefault(mark)
+        find(layout).marks.setdefault(mark)
+
+    def anchor(self, layout: Layout) -> None:
+        """Note that `layout` is one of the model's inputs' own, or made of them in an unknown way."""
+        for atom in atoms_of(layout):
+            atom.anchored = True
+
+    def is_free(self, layout: Layout) -> bool:
+        """Whether some part of `layout` is not anchored."""
+        return any(atom.size > 1 and not atom.anchored for atom in atoms_of(layout))
+
+    def copy(self, layout: Layout, made: dict[int, Layout]) -> Layout:
+        """Return a layout of the same form, of atoms that are coupled with nothing; anchored ones stay themselves.
+
+        Args:
+            layout: What to copy.
+            made: Copies so far by the identity of their source; the new ones are added.
+        """
+        layout = find(layout)
+        if not self.is_free(layout):
+            return layout
+        if layout.identity not in made:
+            parts = tuple(self.copy(part, made) for part in layout.parts)
+            made[layout.identity] = self._new(layout.size, layout.form, parts)
+        return made[layout.identity]
 
     def unify(self, first: Layout, second: Layout, operator: str) -> None:
         """Demand that two layouts be equal.
@@ -110,7 +168,7 @@ class LayoutSolver:
             second: The other.
             operator: Who demands it; `operator` becomes the edge of the coupling graph.
         """
-        a, b = self.find(first), self.find(second)
+        a, b = find(first), find(second)
         if a is b:
             return
         if a.size != b.size:
@@ -136,7 +194,7 @@ class LayoutSolver:
 
     def factors(self, layout: Layout) -> list[Layout]:
         """Return the factors of a product, outermost first, with nested products opened."""
-        layout = self.find(layout)
+        layout = find(layout)
         if layout.form != "product":
             return [layout]
         return [factor for part in layout.parts for factor in self.factors(part)]
@@ -146,7 +204,7 @@ class LayoutSolver:
 
         A product whose outermost factor is a concatenation is one too: (a + b) × d = a × d + b × d.
         """
-        layout = self.find(layout)
+        layout = find(layout)
         if layout.form == "concat":
             return [segment for part in layout.parts for segment in self.segments(part)]
         if layout.form == "product":
@@ -158,29 +216,30 @@ class LayoutSolver:
 
     def atoms(self, layout: Layout) -> Iterator[Layout]:
         """Yield the atoms that `layout` is made of, in order, each as often as it occurs."""
-        layout = self.find(layout)
-        if layout.form == "atom":
-            yield layout
-        else:
-            for part in layout.parts:
-                yield from self.atoms(part)
+        yield from atoms_of(layout)
 
     def spread(self, layouts: Iterable[Layout]) -> None:
         """Hand the pins, blocks and marks of composed layouts down to their atoms."""
         for layout in layouts:
-            found = self.find(layout)
+            found = find(layout)
             for atom in self.atoms(found):
                 self._inherit(atom, found)
             for part in found.parts:
                 self.spread((part,))
 
     def _new(self, size: int, form: Form, parts: tuple[Layout, ...] = ()) -> Layout:
-        self._count += 1
-        return Layout(self._count, size, form, parts)
+        layout = Layout(len(self.layouts), size, form, parts)
+        self.layouts.append(layout)
+        self.couplings += [
+            Coupling(layout.identity, part.identity, self.operator, "part") for part in parts if part.size > 1
+        ]
+        return layout
 
     def _merge(self, layout: Layout, into: Layout) -> None:
         layout.parent = into
         self._inherit(into, layout)
+        if layout.anchored:
+            self.anchor(into)
 
     @staticmethod
     def _inherit(heir: Layout, source: Layout) -> None:
@@ -188,6 +247,7 @@ class LayoutSolver:
             heir.pins.update(source.pins)
             heir.blocks.update(source.blocks)
             heir.marks.update(source.marks)
+            heir.minimum = max(heir.minimum, source.minimum)
 
     def _conflict(self, layouts: Iterable[Layout], operator: str) -> None:
         for layout in layouts:
@@ -209,7 +269,7 @@ class LayoutSolver:
             operator: Who demands it.
         """
         while first and second:
-            large, small = self.find(first.pop()), self.find(second.pop())
+            large, small = find(first.pop()), find(second.pop())
             if large.size < small.size:
                 large, small, first, second = small, large, second, first
             if large.size == small.size:

@@ -7,51 +7,50 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from graphprune.coupling.layout import Layout, LayoutSolver
+from graphprune.coupling.layout import Layout, find
 
 Indices = NDArray[np.int64]
 Selection = Mapping[int, Indices]
 """The units to keep of an atom, in their new order, by the atom's identity. Atoms not named keep all."""
 
 
-def select(solver: LayoutSolver, layout: Layout, selection: Selection) -> Indices:
+def select(layout: Layout, selection: Selection) -> Indices:
     """Return the indices of an axis that a selection keeps.
 
     A permutation is a selection of all units in another order, a removal one of fewer units; both go through here.
 
     Args:
-        solver: The solver that made the layout.
         layout: The axis' layout.
         selection: Units to keep, by atom.
 
     Returns:
         Indices into the axis, in their new order.
     """
-    layout = solver.find(layout)
+    layout = find(layout)
     if layout.form == "atom":
         kept = selection.get(layout.identity)
         return np.arange(layout.size) if kept is None else kept
     if layout.form == "concat":
         pieces, offset = [], 0
         for part in layout.parts:
-            pieces.append(offset + select(solver, part, selection))
+            pieces.append(offset + select(part, selection))
             offset += part.size
         return np.concatenate(pieces)
     indices = np.zeros(1, dtype=np.int64)
     for part in layout.parts:
-        inner = select(solver, part, selection)
+        inner = select(part, selection)
         indices = (indices[:, None] * part.size + inner[None, :]).reshape(-1)
     return indices
 
 
-def unit_of_index(solver: LayoutSolver, layout: Layout, atom: Layout) -> Indices:
+def unit_of_index(layout: Layout, atom: Layout) -> Indices:
     """Return, for each index of an axis, the unit of `atom` that owns it, or -1."""
-    layout = solver.find(layout)
+    layout = find(layout)
     if layout is atom:
         return np.arange(layout.size)
     if layout.form == "atom":
         return np.full(layout.size, -1, dtype=np.int64)
-    parts = [unit_of_index(solver, part, atom) for part in layout.parts]
+    parts = [unit_of_index(part, atom) for part in layout.parts]
     if layout.form == "concat":
         return np.concatenate(parts)
     owner = np.full(1, -1, dtype=np.int64)

@@ -17,7 +17,7 @@ from graphprune.pipeline.progress import Reporter
 from graphprune.source.adapters import attach_adapters
 from graphprune.source.model import ModelSource, example_inputs, load_model
 from graphprune.source.perplexity import perplexity, torch_logits
-from graphprune.trace.fx import trace
+from graphprune.trace.model import trace
 from quant.storage import load_quantized_
 
 

@@ -160,7 +160,7 @@ def _consumers(groups: NodeGroups, gated: Mapping[str, NodeGroup]) -> tuple[Cons
                 "leave this kind out of prune.kinds",
             )
         for member in group.consumers:
-            owner = torch.from_numpy(groups.owner(group, member))
+            owner = torch.from_numpy(group.owner(member))
             owners.setdefault((member.parameter, member.axis), {})[name] = owner
     places = _places(groups)
     return tuple(

@@ -24,7 +24,7 @@ def magnitude(evidence: Evidence) -> dict[str, Tensor]:
             weight = weights[member.parameter].detach().float()
             others = [axis for axis in range(weight.dim()) if axis != member.axis]
             per_index = weight.square().sum(dim=others).cpu() if others else weight.square().cpu()
-            owner = torch.from_numpy(evidence.groups.owner(group, member))
+            owner = torch.from_numpy(group.owner(member))
             squares.index_add_(0, owner[owner >= 0], per_index[owner >= 0])
         norms = squares.sqrt()
         scores[name] = norms / norms.mean()

@@ -60,8 +60,11 @@ class Plan(Mapping[str, tuple[int, ...]]):
                     f"which has {group.size}",
                     "make the plan for this very model",
                 )
-            if len(units) == group.size:
-                raise ShrinkError(f"the plan removes every unit of '{name}'", "keep at least one")
+            if group.size - len(units) < group.minimum:
+                raise ShrinkError(
+                    f"the plan leaves {group.size - len(units)} of {group.size} units of '{name}'",
+                    "keep at least one" if group.minimum == 1 else f"a top-k picks {group.minimum} of them",
+                )
 
     def kept(self, groups: NodeGroups) -> dict[str, Indices]:
         """Return the units that stay, in order, of every group that loses some."""

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from graphprune.trace.fx import GUARDS
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER)
+_HELD = (*_WEIGHTS, InputKind.CONSTANT_TENSOR)
 
 
 class Program:
@@ -38,8 +39,8 @@ class Program:
 
     @property
     def weight_names(self) -> dict[str, str]:
-        """Qualified names of weights by the name of their placeholder node."""
-        return {spec.arg.name: spec.target for spec in self._specs if spec.kind in _WEIGHTS and spec.target}
+        """Qualified names of weights and constants by the name of their placeholder node."""
+        return {spec.arg.name: spec.target for spec in self._specs if spec.kind in _HELD and spec.target}
 
     def in_double(self) -> Program:
         """Return the same program with every float type in it replaced by float64."""

@@ -1,160 +1,158 @@
-"""Sizes written into a traced graph, recomputed from the layouts so that it runs on sliced weights."""
+"""Sizes and selections written into a traced graph, so that it runs on sliced or renumbered weights."""
 
 from __future__ import annotations
 
 import copy
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from graphprune.coupling.groups import NodeGroups
-from graphprune.coupling.layout import Layout
-from graphprune.coupling.rules.reshaping import bounds
+from graphprune.coupling.layout import Layout, atoms_of
 from graphprune.coupling.selection import Indices, Selection
 from graphprune.shrink.program import Program
-
-# Operators that are told their result's shape, and under which argument.
-_SHAPE_ARGUMENT = {
-    "aten.view.default": 1,
-    "aten.reshape.default": 1,
-    "aten._unsafe_view.default": 1,
-    "aten.expand.default": 1,
-    "aten.broadcast_to.default": 1,
-    "aten.zeros.default": 0,
-    "aten.ones.default": 0,
-    "aten.full.default": 0,
-    "aten.new_zeros.default": 1,
-    "aten.new_ones.default": 1,
-    "aten.new_full.default": 1,
-}
-_SPLITS = ("aten.chunk.default", "aten.split.Tensor", "aten.split.sizes", "aten.split_with_sizes.default")
-
-Resizer = Callable[["_Sizes", fx.Node], None]
+from graphprune.shrink.resizers import resizer_for
 
 
 def resize(program: Program, groups: NodeGroups, kept: Mapping[str, Indices]) -> Program:
     """Return a program that computes the same function on weights of which only some units are kept.
 
-    Exact by construction: a mean keeps the divisor that it had, attention keeps its scale.
+    Exact by construction: a mean keeps the divisor that it had, attention keeps its scale, and what is computed
+    without parameters (rotary angles, masks) is read through a selection of its own by each operator.
 
     Args:
         program: Of the graph that `groups` were read off; it is not changed.
         groups: The node groups.
-        kept: Units that stay, by group name.
+        kept: Units that stay, in their new order, by group name.
     """
     twin = copy.copy(program)
     twin.module = copy.deepcopy(program.module)
-    sizes = _Sizes(groups, groups.selection(kept), {**program.weight_names})
-    for node in list(twin.module.graph.nodes):
-        target = str(node.target)
-        if target in _SHAPE_ARGUMENT:
-            sizes.reshape(node, _SHAPE_ARGUMENT[target])
-        elif target in _SPLITS:
-            sizes.split(node)
-        elif target in _RESIZERS:
-            _RESIZERS[target](sizes, node)
-    twin.module.graph.lint()
-    twin.module.recompile()
+    resize_graph(twin.module, groups, kept, program.weight_names)
     return twin
 
 
-class _Sizes:
-    """What the layouts say of each node's size, before and after."""
+def resize_graph(
+    module: fx.GraphModule, groups: NodeGroups, kept: Mapping[str, Indices], weight_names: Mapping[str, str]
+) -> None:
+    """Rewrite a traced graph in place.
 
-    def __init__(self, groups: NodeGroups, selection: Selection, weight_names: dict[str, str]) -> None:
+    Args:
+        module: What was traced.
+        groups: Its node groups.
+        kept: Units that stay, in their new order, by group name.
+        weight_names: Qualified names of weights by the name of the node that stands for them.
+    """
+    sizes = Sizes(module, groups, groups.selection(kept), weight_names)
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        resizer = resizer_for(str(node.target))
+        if resizer is not None:
+            resizer(sizes, node)
+        sizes.select_operands(node)
+    module.graph.lint()
+    module.recompile()
+
+
+class Sizes:
+    """What the layouts say of each node's axes, before and after.
+
+    Args:
+        module: The graph that is being rewritten; selections become buffers of it.
+        groups: The node groups.
+        selection: Units that stay, by atom.
+        weight_names: Qualified names of weights by the name of their node.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        groups: NodeGroups,
+        selection: Selection,
+        weight_names: Mapping[str, str],
+    ) -> None:
+        self._module = module
         self._groups = groups
         self._selection = selection
         self._names = {node: groups.graph.tied.get(name, name) for node, name in weight_names.items()}
+        self._constants: dict[bytes, fx.Node] = {}
+        self._known = {
+            value.name: value.content
+            for read in groups.graph.operators
+            for value in read.inputs
+            if value.content is not None
+        }
 
-    def axes(self, node: fx.Node, position: int | None = None) -> Sequence[Layout] | None:
-        """Return the layouts of a node's axes; `position` picks one of several results."""
+    def value_name(self, node: fx.Node) -> str:
+        """Return the name that the operator graph has for what a node returns."""
         if node.target is operator.getitem:
-            node, position = node.args[0], node.args[1]  # type: ignore[assignment]
-        name = self._names.get(node.name, node.name)
-        return self._groups.axes(name if position is None else f"{name}:{position}")
+            return f"{node.args[0].name}:{node.args[1]}"  # type: ignore[union-attr]
+        return self._names.get(node.name, node.name)
+
+    def axes(self, node: Any, *, reader: fx.Node | None = None, result: int | None = None) -> list[Layout]:
+        """Return the layouts of a node's axes.
+
+        Args:
+            node: The node; anything else has no axes.
+            reader: An operator that may read it through a copy.
+            result: Which of several results.
+        """
+        if not isinstance(node, fx.Node):
+            return []
+        name = self.value_name(node) if result is None else f"{node.name}:{result}"
+        copies = self._groups.read(reader.name) if reader is not None else {}
+        return copies.get(name) or self._groups.axes(name) or []
+
+    def touches(self, axis: Layout) -> bool:
+        """Whether units of an axis go, or change places."""
+        return any(atom.identity in self._selection for atom in atoms_of(axis))
 
     def kept(self, axis: Layout) -> Indices:
         """Return the indices of an axis that stay."""
         return self._groups.keep(axis, self._selection)
 
-    def reshape(self, node: fx.Node, argument: int) -> None:
-        """Replace the entries of a shape argument whose axis shrinks."""
-        axes = self.axes(node)
-        if axes is None:
-            return
-        shape = list(node.args[argument])  # type: ignore[arg-type]
-        for position, axis in enumerate(axes):
-            size = len(self.kept(axis))
-            if size != axis.size and shape[position] != -1:
-                shape[position] = size
-        node.update_arg(argument, shape)
+    def size(self, axis: Layout) -> int:
+        """Return how many indices of an axis stay."""
+        return len(self.kept(axis)) if self.touches(axis) else axis.size
 
-    def split(self, node: fx.Node) -> None:
-        """Split by the sizes that the segments have now."""
-        source = node.args[0]
-        results = [self.axes(node, i) for i in range(len(node.meta["val"]))]
-        dim = int(_argument(node, 2, "dim", 0))
-        lengths = [len(self.kept(axes[dim])) for axes in results if axes is not None]
-        node.target = torch.ops.aten.split_with_sizes.default
-        node.args = (source, lengths, dim)
-        node.kwargs = {}
+    def ratio(self, axes: Sequence[Layout]) -> float:
+        """Return which share of the product of some axes stays."""
+        return math.prod(self.size(axis) for axis in axes) / math.prod(axis.size for axis in axes)
 
-    def slice(self, node: fx.Node) -> None:
-        """Move a slice's ends past the indices that are gone."""
-        source, dim = node.args[0], _argument(node, 1, "dim", 0)
-        axes = self.axes(source) if isinstance(source, fx.Node) else None
-        if axes is None or _argument(node, 4, "step", 1) != 1:
-            return
-        axis = axes[dim]
-        kept = self.kept(axis)
-        start, end = bounds(_argument(node, 2, "start", None), _argument(node, 3, "end", None), axis.size)
-        node.args = (source, dim, int((kept < start).sum()), int((kept < end).sum()))
-        node.kwargs = {}
+    def numbers(self, node: fx.Node) -> Indices | None:
+        """Return what an integer tensor holds, where that is known from the graph alone."""
+        return self._known.get(self.value_name(node))
 
-    def mean(self, node: fx.Node) -> None:
-        """Keep the divisor: a missing unit counts as zero."""
-        source = node.args[0]
-        axes = self.axes(source) if isinstance(source, fx.Node) else None
-        dims: Sequence[int] = _argument(node, 1, "dim", ())
-        if axes is None:
-            return
-        averaged = [axes[dim] for dim in dims] if dims else list(axes)
-        before = math.prod(axis.size for axis in averaged)
-        after = math.prod(len(self.kept(axis)) for axis in averaged)
-        if after != before:
-            graph = node.graph
-            with graph.inserting_after(node):
-                scaled = graph.call_function(torch.ops.aten.mul.Scalar, (node, after / before))
-            node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    def constant(self, numbers: Indices, like: fx.Node) -> fx.Node:
+        """Return a node that holds known numbers, made once."""
+        key = numbers.tobytes() + str(numbers.shape).encode()
+        if key not in self._constants:
+            name = f"_selection_{len(self._constants)}"
+            device = like.meta["val"].device if "val" in like.meta else "cpu"
+            tensor = torch.as_tensor(np.ascontiguousarray(numbers), device=device)
+            self._module.register_buffer(name, tensor, persistent=False)
+            first = next(iter(self._module.graph.nodes))
+            with self._module.graph.inserting_before(first):
+                self._constants[key] = self._module.graph.get_attr(name)
+            self._constants[key].meta["val"] = tensor
+        return self._constants[key]
 
-    def attention(self, node: fx.Node) -> None:
-        """Write the scale down, before the width that it defaults to shrinks."""
-        if node.kwargs.get("scale") is None and len(node.args) < 7:
-            width = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
-            node.kwargs = {**node.kwargs, "scale": width**-0.5}
-
-    def convolution(self, node: fx.Node) -> None:
-        """Keep one group for each channel of a depth-wise convolution."""
-        count = _argument(node, 6, "groups", 1)
-        axes = self.axes(node)
-        if count != 1 and axes is not None:
-            node.update_arg(6, len(self.kept(axes[1])))
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    value = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-    return default if value is None else value
-
-
-_RESIZERS: dict[str, Resizer] = {
-    "aten.slice.Tensor": _Sizes.slice,
-    "aten.mean.dim": _Sizes.mean,
-    "aten.scaled_dot_product_attention.default": _Sizes.attention,
-    "aten.conv1d.default": _Sizes.convolution,
-    "aten.conv2d.default": _Sizes.convolution,
-    "aten.conv3d.default": _Sizes.convolution,
-}
+    def select_operands(self, node: fx.Node) -> None:
+        """Let an operator read a selection of what it reads through a copy."""
+        copies = self._groups.read(node.name)
+        for source in node.all_input_nodes if copies else ():
+            for dim, axis in enumerate(copies.get(self.value_name(source), ())):
+                if self.touches(axis):
+                    numbers = self.constant(self.kept(axis), source)
+                    with self._module.graph.inserting_before(node):
+                        chosen = self._module.graph.call_function(
+                            torch.ops.aten.index_select.default, (source, dim, numbers)
+                        )
+                    chosen.meta["val"] = source.meta.get("val")
+                    node.replace_input_with(source, chosen)
+                    source = chosen

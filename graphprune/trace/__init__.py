@@ -2,4 +2,4 @@
 
 from graphprune.packages import make_callable
 
-make_callable(__name__, "graphprune.trace.fx", "trace")
+make_callable(__name__, "graphprune.trace.model", "trace")

@@ -3,38 +3,53 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_map
 
 from graphprune.errors import TraceError
-from graphprune.trace.graph import Argument, Operator, OperatorGraph, Role, Value
+from graphprune.trace.fold import known_numbers
+from graphprune.trace.graph import Argument, DynamicSize, Operator, OperatorGraph, Role, Value
 
 # Nodes that compute nothing: shape guards that the exporter leaves behind.
-GUARDS = frozenset({"aten._assert_tensor_metadata.default", "aten._assert_scalar.default"})
+GUARDS = frozenset(
+    {
+        "aten._assert_tensor_metadata.default",
+        "aten._assert_scalar.default",
+        "aten.sym_constrain_range.default",
+        "aten.sym_constrain_range_for_size.default",
+    }
+)
 
 _ROLES: dict[InputKind, Role] = {
     InputKind.PARAMETER: "parameter",
     InputKind.BUFFER: "buffer",
     InputKind.CONSTANT_TENSOR: "constant",
 }
+_UNKNOWN_SIZE = 17  # for a size that follows from the inputs' numbers; what has it is pinned
+
+_Lowered = Value | DynamicSize | tuple[Value | None, ...]
 
 
-def trace(model: nn.Module, example_inputs: Mapping[str, Any]) -> OperatorGraph:
-    """Trace a model into an operator graph.
+def trace_module(
+    model: nn.Module, example_inputs: Mapping[str, Any], *, dynamic: bool = True
+) -> OperatorGraph:
+    """Trace a torch module into an operator graph.
 
     The model is exported whole by ``torch.export`` without decompositions, in evaluation mode and without
-    gradients; it is not changed. Weights may live on the meta device.
+    gradients; it is not changed. Weights may live on the meta device, or be fake.
 
     Args:
         model: Any module that ``torch.export`` takes; PEFT-wrapped ones show their adapters by name.
         example_inputs: Keyword arguments of its forward. Choose sizes that collide with nothing, such as a
             batch of 2 and a sequence of 11.
+        dynamic: Whether the batch and the sequence stay open in the program, where the model allows it.
 
     Returns:
         The operator graph, which keeps the exported program for surgery.
@@ -42,48 +57,89 @@ def trace(model: nn.Module, example_inputs: Mapping[str, Any]) -> OperatorGraph:
     Raises:
         TraceError: If the model cannot be exported; the cause is attached.
     """
-    try:
-        with _evaluation(model), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(model, args=(), kwargs=dict(example_inputs), strict=False)
-    except Exception as error:
-        raise TraceError(
-            f"torch.export could not trace {type(model).__name__}: {_first_line(error)}",
-            "run the model on the same example inputs; data-dependent Python control flow is the usual cause",
-        ) from error
-    return graph_of(program, _tied_names(model))
+    inputs = _on_device_of(model, dict(example_inputs))
+    with _evaluation(model):
+        try:
+            program = _export(model, inputs, _open_sizes(inputs) if dynamic else None)
+        except Exception as error:
+            if dynamic:  # some models fix their sizes; what they cannot do at all is told then
+                return trace_module(model, example_inputs, dynamic=False)
+            raise TraceError(
+                f"torch.export could not trace {type(model).__name__}: {_first_line(error)}",
+                "run the model on the same example inputs; data-dependent Python control flow is the usual cause",
+            ) from error
+    return trace_program(program, _tied_names(model))
 
 
-def graph_of(program: ExportedProgram, tied_groups: list[list[str]] | None = None) -> OperatorGraph:
+def trace_program(program: ExportedProgram, tied_groups: list[list[str]] | None = None) -> OperatorGraph:
     """Lower an exported program to an operator graph.
 
     Args:
         program: In training IR, as ``torch.export.export`` returns it, not decomposed.
-        tied_groups: Names of weights that are one tensor, group by group.
+        tied_groups: Names of weights that are one tensor, group by group; by default those of its state.
     """
-    values: dict[str, Value | tuple[Value | None, ...]] = {}
-    tied = {name: group[0] for group in tied_groups or [] for name in group[1:]}
-    inputs, weights = _placeholders(program, values, tied)
+    if tied_groups is None:
+        tied_groups = _same_tensors(program.state_dict.items())
+    values: dict[str, _Lowered] = {}
+    known = known_numbers(program)
+    tied = {name: group[0] for group in tied_groups for name in group[1:]}
+    inputs, weights = _placeholders(program, values, tied, known)
     operators: list[Operator] = []
     outputs: tuple[Value, ...] = ()
     for node in program.graph.nodes:
         if node.op == "call_function":
-            if str(node.target) in GUARDS:
-                continue
-            if getattr(node.target, "__name__", "") == "getitem":
-                source = values[node.args[0].name]
-                values[node.name] = source[node.args[1]] if isinstance(source, tuple) else source
-                continue
-            operators.append(_operator(node, values))
+            _lower_call(node, values, operators, known)
         elif node.op == "output":
             outputs = tuple(
                 value for value in _flat(_lower(node.args[0], values)) if isinstance(value, Value)
             )
-    return OperatorGraph(tuple(operators), inputs, weights, outputs, tied, program)
+    return OperatorGraph(_live(operators, outputs), inputs, weights, outputs, tied, program)
+
+
+def _live(operators: list[Operator], outputs: tuple[Value, ...]) -> tuple[Operator, ...]:
+    """Return the operators whose numbers reach an output; some are traced only for the sizes of their result."""
+    needed = {value.name for value in outputs}
+    kept = []
+    for operator in reversed(operators):
+        if operator.in_place or any(value is not None and value.name in needed for value in operator.outputs):
+            kept.append(operator)
+            needed.update(() if operator.has_own_shape else (value.name for value in operator.inputs))
+    return tuple(reversed(kept))
+
+
+def _export(model: nn.Module, inputs: dict[str, Any], open_sizes: Any) -> ExportedProgram:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(
+            model, args=(), kwargs=inputs, strict=False, dynamic_shapes=open_sizes
+        )
+
+
+def _open_sizes(inputs: dict[str, Any]) -> Any:
+    """Leave the batch open, and the sequence of whatever has one: token numbers and (batch, sequence, width)."""
+
+    def sizes(item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return None
+        has_sequence = item.dim() > 1 and (not item.is_floating_point() or item.dim() == 3)
+        return {dim: Dim.AUTO for dim in range(2 if has_sequence else min(1, item.dim()))}
+
+    return tree_map(sizes, inputs)
+
+
+def _on_device_of(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Put the inputs on the meta device if the model is there."""
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.device.type != "meta":
+        return inputs
+    return tree_map(lambda item: item.to("meta") if isinstance(item, Tensor) else item, inputs)
 
 
 def _placeholders(
-    program: ExportedProgram, values: dict[str, Value | tuple[Value | None, ...]], tied: Mapping[str, str]
+    program: ExportedProgram,
+    values: dict[str, _Lowered],
+    tied: Mapping[str, str],
+    known: Mapping[str, Tensor],
 ) -> tuple[tuple[Value, ...], dict[str, Value]]:
     inputs: list[Value] = []
     weights: dict[str, Value] = {}
@@ -95,7 +151,7 @@ def _placeholders(
             continue
         role = _ROLES.get(spec.kind, "input")
         name = node.name if role == "input" or not spec.target else spec.target
-        value = _value(tied.get(name, name), example, role)
+        value = _value(tied.get(name, name), example, role, known.get(node.name))
         values[node.name] = value
         if value.is_weight:
             weights[value.name] = value
@@ -104,20 +160,42 @@ def _placeholders(
     return tuple(inputs), weights
 
 
-def _operator(node: torch.fx.Node, values: dict[str, Value | tuple[Value | None, ...]]) -> Operator:
-    arguments = {name: _lower(argument, values) for name, argument in _by_schema(node).items()}
+def _lower_call(
+    node: torch.fx.Node,
+    values: dict[str, _Lowered],
+    operators: list[Operator],
+    known: Mapping[str, Tensor],
+) -> None:
+    """Add the operator of a node to `operators`, and what it returns to `values`."""
     example = node.meta.get("val")
+    if str(node.target) in GUARDS:
+        return
+    if getattr(node.target, "__name__", "") == "getitem":
+        source = values.get(node.args[0].name)  # type: ignore[union-attr]
+        picked = source[node.args[1]] if isinstance(source, tuple) else source  # type: ignore[index]
+        if picked is not None:
+            values[node.name] = picked
+    elif isinstance(example, (torch.SymInt, int)) and not isinstance(example, bool):
+        values[node.name] = DynamicSize(_hint(example))
+    elif isinstance(example, (Tensor, tuple, list)):
+        operators.append(_operator(node, values, known))
+
+
+def _operator(
+    node: torch.fx.Node, values: dict[str, _Lowered], known: Mapping[str, Tensor]
+) -> Operator:
+    arguments = {name: _lower(argument, values) for name, argument in _by_schema(node).items()}
+    example = node.meta["val"]
     if isinstance(example, Tensor):
-        outputs: tuple[Value | None, ...] = (_value(node.name, example, "intermediate"),)
-        values[node.name] = outputs[0]  # type: ignore[assignment]
-    elif isinstance(example, (tuple, list)):
+        value = _value(node.name, example, "intermediate", known.get(node.name))
+        outputs: tuple[Value | None, ...] = (value,)
+        values[node.name] = value
+    else:
         outputs = tuple(
             _value(f"{node.name}:{i}", item, "intermediate") if isinstance(item, Tensor) else None
             for i, item in enumerate(example)
         )
         values[node.name] = outputs
-    else:
-        outputs = ()
     stack = node.meta.get("nn_module_stack") or {}
     module = next(reversed(stack.values()))[0] if stack else ""
     return Operator(node.name, str(node.target), arguments, outputs, module)
@@ -138,10 +216,9 @@ def _by_schema(node: torch.fx.Node) -> dict[str, Any]:
     return named
 
 
-def _lower(argument: Any, values: dict[str, Value | tuple[Value | None, ...]]) -> Argument:
+def _lower(argument: Any, values: Mapping[str, _Lowered]) -> Argument:
     if isinstance(argument, torch.fx.Node):
-        value = values.get(argument.name)
-        return value if isinstance(value, (Value, tuple)) else None
+        return values.get(argument.name)
     if isinstance(argument, (tuple, list)):
         return tuple(_lower(item, values) for item in argument)
     if isinstance(argument, dict):
@@ -159,16 +236,33 @@ def _flat(argument: Argument) -> Iterator[Argument]:
         yield argument
 
 
-def _value(name: str, example: Tensor, role: Role) -> Value:
-    shape = tuple(int(size) for size in example.shape)
-    return Value(name, shape, str(example.dtype).removeprefix("torch."), role)
+def _value(name: str, example: Tensor, role: Role, known: Tensor | None = None) -> Value:
+    shape = tuple(_hint(size) for size in example.shape)
+    content = None if known is None else known.to(torch.int64).numpy()
+    return Value(name, shape, str(example.dtype).removeprefix("torch."), role, content)
+
+
+def _hint(size: Any) -> int:
+    """Return a size at the example inputs."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint if isinstance(size, torch.SymInt) else None
+    return int(hint) if hint is not None else _UNKNOWN_SIZE
 
 
 def _tied_names(model: nn.Module) -> list[list[str]]:
+    return _same_tensors(
+        pair
+        for named in (model.named_parameters, model.named_buffers)
+        for pair in named(remove_duplicate=False)
+    )
+
+
+def _same_tensors(named: Iterable[tuple[str, Any]]) -> list[list[str]]:
+    """Group names by identity: pointers say nothing on the meta device."""
     names: dict[int, list[str]] = {}
-    for named in (model.named_parameters, model.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            names.setdefault(id(tensor), []).append(name)
+    for name, tensor in named:
+        names.setdefault(id(tensor), []).append(name)
     return [group for group in names.values() if len(group) > 1]
 
 

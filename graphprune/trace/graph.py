@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+
+# They take nothing but sizes and types from their operands, not numbers.
+_FACTORY = re.compile(r"\.(zeros|ones|full|empty|arange|eye|new_\w+|\w+_like)\.")
+_IN_PLACE = re.compile(r"\.\w*[a-z0-9]_\.")
 
 Role = Literal["input", "parameter", "buffer", "constant", "intermediate"]
+
+
+class DynamicSize(int):
+    """A number that follows from the sizes of the inputs: known for the example only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +32,14 @@ class Value:
         shape: Sizes at the example inputs.
         dtype: The element type's name, such as ``float32``.
         role: Where it comes from.
+        content: Its numbers, where a few integers are known from the graph alone.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     role: Role
+    content: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_weight(self) -> bool:
@@ -57,6 +70,21 @@ class Operator:
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
+
+    @property
+    def is_factory(self) -> bool:
+        """Whether its result holds no number of its operands."""
+        return _FACTORY.search(self.target) is not None
+
+    @property
+    def has_own_shape(self) -> bool:
+        """Whether it is a factory that is told its sizes; ``zeros_like`` takes them from its operand."""
+        return self.is_factory and "_like." not in self.target
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it writes into its first operand."""
+        return _IN_PLACE.search(self.target) is not None
 
     @property
     def inputs(self) -> tuple[Value, ...]:
@@ -103,9 +131,55 @@ class OperatorGraph:
                     graph.add_edge(node, output.name, position=position)
         return graph
 
+    @cached_property
+    def dependence(self) -> Dependence:
+        """What each value is computed from."""
+        return Dependence.of(self)
+
     def names_of(self, weight: str) -> tuple[str, ...]:
         """Return every qualified name under which the model holds `weight`, the graph's own first."""
         return (weight, *sorted(name for name, canonical in self.tied.items() if canonical == weight))
+
+
+@dataclass(frozen=True, slots=True)
+class Dependence:
+    """Names of the values that are computed from parameters, and of those computed from the model's inputs."""
+
+    on_parameters: frozenset[str]
+    on_inputs: frozenset[str]
+
+    @classmethod
+    def of(cls, graph: OperatorGraph) -> Dependence:
+        """Follow parameters and inputs through a graph."""
+        parameters = {name for name, value in graph.weights.items() if value.role == "parameter"}
+        return cls(
+            frozenset(_reached(graph.operators, parameters)),
+            frozenset(_reached(graph.operators, {value.name for value in graph.inputs})),
+        )
+
+
+def _reached(operators: Sequence[Operator], sources: set[str]) -> set[str]:
+    """Return everything that is computed from `sources`, memory that operators write into included."""
+    producers = {value.name: operator for operator in operators for value in operator.outputs if value}
+    reached, before = set(sources), -1
+    while len(reached) != before:
+        before = len(reached)
+        for operator in operators:
+            if any(value.name in reached for value in operator.inputs) and not operator.has_own_shape:
+                reached.update(value.name for value in operator.outputs if value is not None)
+                if operator.in_place:
+                    reached.update(_aliased(operator, producers))
+    return reached
+
+
+def _aliased(operator: Operator, producers: Mapping[str, Operator]) -> Iterator[str]:
+    """Yield the value that an in-place operator writes into, and those that it may be a view of."""
+    pending = list(operator.inputs[:1])
+    while pending:
+        value = pending.pop()
+        yield value.name
+        if value.name in producers:
+            pending.extend(producers[value.name].inputs[:1])
 
 
 def _values_in(argument: Argument) -> Iterator[Value]:

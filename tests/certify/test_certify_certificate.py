@@ -16,7 +16,7 @@ from graphprune.coupling import analysis
 from graphprune.coupling.groups import node_groups
 from graphprune.errors import CouplingError, VerificationError
 from graphprune.shrink import resize
-from graphprune.trace.fx import trace
+from graphprune.trace.model import trace
 
 
 def test_llama_with_adapters_is_certified(adapted):

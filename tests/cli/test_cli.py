@@ -35,7 +35,7 @@ def test_public_names_are_callable_in_whatever_order_they_are_imported():
     code = """
 import graphprune as gp
 import graphprune.trace.fx, graphprune.shrink.model as model, graphprune.certify.certificate
-from graphprune.trace.fx import trace
+from graphprune.trace.model import trace
 import torch
 torch.manual_seed(0)
 layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).eval()

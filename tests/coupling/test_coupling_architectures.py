@@ -11,7 +11,7 @@ from tiny_models import randomized
 
 from graphprune.certify.certificate import certify
 from graphprune.coupling.groups import node_groups
-from graphprune.trace.fx import trace
+from graphprune.trace.model import trace
 
 IDS = torch.arange(20).reshape(2, 10) + 3
 TEXT = {"input_ids": IDS, "use_cache": False}

@@ -15,7 +15,7 @@ from torch import nn
 from graphprune.coupling.groups import node_groups
 from graphprune.coupling.rules import rule
 from graphprune.errors import CouplingError
-from graphprune.trace.fx import trace
+from graphprune.trace.model import trace
 
 HEAD_DIM = HIDDEN // HEADS
 
@@ -54,8 +54,8 @@ def test_a_key_head_takes_its_query_heads_along(llama):
     by_name = {member.parameter.split(".")[-2]: member for member in group.members}
     assert set(by_name) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     rows = HEADS // KV_HEADS * HEAD_DIM
-    assert llama.groups.indices(group, by_name["q_proj"], 1).tolist() == list(range(rows, 2 * rows))
-    assert llama.groups.indices(group, by_name["k_proj"], 1).tolist() == list(range(HEAD_DIM, 2 * HEAD_DIM))
+    assert group.indices(by_name["q_proj"], 1).tolist() == list(range(rows, 2 * rows))
+    assert group.indices(by_name["k_proj"], 1).tolist() == list(range(HEAD_DIM, 2 * HEAD_DIM))
     assert (by_name["o_proj"].axis, by_name["o_proj"].side) == (1, "consumes")
 
 
@@ -71,7 +71,7 @@ def test_each_index_of_an_axis_has_one_owner_in_each_group_that_spans_it(adapted
     owners = {}
     for group in adapted.groups.values():
         for member in group.members:
-            owner = adapted.groups.owner(group, member)
+            owner = group.owner(member)
             counts = np.bincount(owner[owner >= 0], minlength=group.size)
             assert (counts == member.indices_per_unit).all()
             owners.setdefault((member.parameter, member.axis), []).append(owner)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphprune.coupling.layout import Layout, LayoutSolver
+from graphprune.coupling.layout import Layout, LayoutSolver, find
 from graphprune.coupling.selection import select, unit_of_index
 
 SIZES = st.sampled_from([1, 2, 3, 4, 6])
@@ -37,7 +37,7 @@ def test_select_is_index_arithmetic(data):
     }
 
     def by_loops(node: Layout) -> list[int]:
-        node = solver.find(node)
+        node = find(node)
         if node.form == "atom":
             return [int(i) for i in selection.get(node.identity, range(node.size))]
         if node.form == "concat":
@@ -48,7 +48,7 @@ def test_select_is_index_arithmetic(data):
             indices = [i * part.size + j for i in indices for j in by_loops(part)]
         return indices
 
-    assert select(solver, layout, selection).tolist() == by_loops(layout)
+    assert select(layout, selection).tolist() == by_loops(layout)
 
 
 @given(st.data())
@@ -65,7 +65,7 @@ def test_unify_leaves_two_layouts_that_select_alike(data):
     selection = {
         identity: np.array(data.draw(st.permutations(range(atom.size)))) for identity, atom in free.items()
     }
-    assert select(solver, first, selection).tolist() == select(solver, second, selection).tolist()
+    assert select(first, selection).tolist() == select(second, selection).tolist()
 
 
 @given(st.permutations([2, 2, 3, 4]), st.permutations([2, 2, 3, 4]))
@@ -75,7 +75,7 @@ def test_factorisations_find_their_common_refinement_or_are_pinned(first, second
     b = solver.product([solver.atom(size) for size in second])
     solver.unify(a, b, "test")
     solver.spread([a, b])
-    assert solver.find(a) is solver.find(b)
+    assert find(a) is find(b)
     assert math.prod(atom.size for atom in solver.atoms(a)) == 48
 
 
@@ -101,7 +101,7 @@ def test_fused_heads_distribute_over_a_concatenation():
     solver.unify(solver.concat([query, key, value]), fused, "split")
     assert [segment.size for segment in solver.segments(fused)] == [24, 8, 8]
     assert [factor.size for factor in solver.factors(query)] == [6, 4]
-    assert solver.find(solver.factors(key)[-1]) is solver.find(width)
+    assert find(solver.factors(key)[-1]) is find(width)
 
 
 def test_rotary_halves_share_their_pairs():
@@ -110,7 +110,7 @@ def test_rotary_halves_share_their_pairs():
     pairs = solver.atom(3)
     width = solver.concat([pairs, pairs])
     head = solver.product([solver.atom(2), width])
-    owner = unit_of_index(solver, head, solver.find(pairs))
+    owner = unit_of_index(head, find(pairs))
     assert owner.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
 
 

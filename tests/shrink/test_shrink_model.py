@@ -15,7 +15,7 @@ from graphprune.shrink.config import fit_config
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
 from graphprune.shrink.weights import zero_weight
-from graphprune.trace.fx import trace
+from graphprune.trace.model import trace
 
 RESHAPABLE = ("ffn", "attention_heads", "query_heads", "lora_rank")
 

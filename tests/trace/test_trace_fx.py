@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import TraceError
-from graphprune.trace.fx import trace
+from graphprune.trace.model import trace
 from graphprune.trace.graph import Value
 
 

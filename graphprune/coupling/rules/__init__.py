@@ -7,5 +7,7 @@ of axes for one output, a tuple of lists for several:
     def linear(operator: Operator, algebra: Algebra) -> Axes: ...
 """
 
+from graphprune.coupling.rules.registry import moves_numbers as moves_numbers
 from graphprune.coupling.rules.registry import rule as rule
 from graphprune.coupling.rules.registry import rule_for as rule_for
+from graphprune.coupling.rules.registry import vanishing_of as vanishing_of

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from graphprune.coupling.algebra import Algebra, Axes
 from graphprune.coupling.rules.registry import rule
-from graphprune.trace.graph import Operator
+from graphprune.trace.graph import Operator, Value
 
 
-@rule("aten.linear.default")
+@rule("aten.linear", vanishes="any")
 def linear(operator: Operator, algebra: Algebra) -> Axes:
     """Return x Wᵀ + b, with W as (out, in)."""
     source, weight, bias = operator["input"], operator["weight"], operator["bias"]
+    if len(weight.shape) == 1:
+        algebra.contract(source, -1, weight, 0)
+        return list(algebra[source][:-1])
     algebra.contract(source, -1, weight, 1)
     produced = algebra.produce(weight, 0)
     if bias is not None:
@@ -18,66 +23,101 @@ def linear(operator: Operator, algebra: Algebra) -> Axes:
     return [*algebra[source][:-1], produced]
 
 
-@rule("aten.addmm.default")
-def addmm(operator: Operator, algebra: Algebra) -> Axes:
-    """Return b + x W, with W as (in, out)."""
-    bias, source, weight = operator["self"], operator["mat1"], operator["mat2"]
-    algebra.contract(source, 1, weight, 0)
-    result = [algebra[source][0], algebra.produce(weight, 1)]
-    return algebra.align(
-        [(algebra[bias], bias.shape), (result, (source.shape[0], weight.shape[1]))],
-        (source.shape[0], weight.shape[1]),
-    )
+@rule("aten.addmm", "aten.baddbmm", vanishes="any")
+def add_product(operator: Operator, algebra: Algebra) -> Axes:
+    """Return b + x y."""
+    added = operator["self"]
+    names = ("mat1", "mat2") if operator["mat1"] is not None else ("batch1", "batch2")
+    first, second = (operator[name] for name in names)
+    shape = operator.outputs[0].shape  # type: ignore[union-attr]
+    product = matrix_product(algebra, first, second, shape)
+    return algebra.align([(product, shape), (algebra[added], added.shape)], shape)
 
 
-@rule("aten.matmul.default", "aten.mm.default", "aten.bmm.default")
+@rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", vanishes="any")
 def matmul(operator: Operator, algebra: Algebra) -> Axes:
     """Return x y; further axes in front are batches of matrices."""
-    first, second = operator.inputs[:2]
-    if min(len(first.shape), len(second.shape)) < 2:
-        return _matrix_vector(operator, algebra)
-    algebra.contract(first, -1, second, -2)
     (output,) = operator.outputs
-    shape = output.shape[:-2] if output else ()
-    batch = algebra.align(
-        [(algebra[first][:-2], first.shape[:-2]), (algebra[second][:-2], second.shape[:-2])], shape
-    )
-    if not (first.is_weight or second.is_weight):
+    first, second = operator.inputs[:2]
+    return matrix_product(algebra, first, second, output.shape if output else ())
+
+
+def matrix_product(algebra: Algebra, first: Value, second: Value, shape: Sequence[int]) -> Axes:
+    """Contract the last axis of one operand with the last but one of the other, as ``torch.matmul`` does."""
+    x, y = algebra[first], algebra[second]
+    if min(len(x), len(y)) < 2:
+        algebra.contract(first, -1, second, 0 if len(y) == 1 else -2)
+        return [*y[:-2], y[-1]] if len(y) > 1 else list(x[:-1])
+    algebra.contract(first, -1, second, -2)
+    batch = algebra.align([(x[:-2], first.shape[:-2]), (y[:-2], second.shape[:-2])], shape[:-2])
+    if algebra.is_activation(first) and algebra.is_activation(second):
         algebra.mark(batch, "heads")
-        algebra.mark([algebra[first][-1], algebra[second][-1]], "head_dim")
+        algebra.mark([x[-1], y[-1]], "head_dim")
     return [*batch, algebra.produce(first, -2), algebra.produce(second, -1)]
 
 
-def _matrix_vector(operator: Operator, algebra: Algebra) -> Axes:
+@rule("aten.einsum", vanishes="any")
+def einsum(operator: Operator, algebra: Algebra) -> Axes:
+    """Contract as an equation says: a letter is one axis wherever it stands."""
+    operands: tuple[Value, ...] = operator["tensors"]
+    inputs, result = _letters(operator["equation"], [len(value.shape) for value in operands])
+    places: dict[str, list[tuple[Value, int]]] = {}
+    for value, letters in zip(operands, inputs, strict=True):
+        for dim, letter in enumerate(letters):
+            if value.shape[dim] != 1:
+                places.setdefault(letter, []).append((value, dim))
+    for letter, found in places.items():
+        (first, first_dim), *rest = found
+        for value, dim in rest:
+            algebra.same(algebra[first][first_dim], algebra[value][dim])
+        for value, dim in found:
+            algebra.take_side(value, dim, "produces" if letter in result else "consumes")
+        if letter not in result:
+            algebra.sum_over(found)
+    one = algebra.fresh([1])[0]
+    return [algebra[places[x][0][0]][places[x][0][1]] if x in places else one for x in result]
+
+
+@rule("aten.outer", "aten.ger", vanishes="any")
+def outer(operator: Operator, algebra: Algebra) -> Axes:
+    """Multiply every number with every other."""
     first, second = operator.inputs[:2]
-    vector_first = len(first.shape) == 1
-    algebra.contract(first, -1, second, 0 if len(second.shape) == 1 else -2)
-    rest = [] if vector_first else list(algebra[first][:-1])
-    if len(second.shape) > 1:
-        rest = [*algebra[second][:-2], algebra[second][-1]]
-    return rest
+    return [algebra[first][0], algebra[second][0]]
 
 
-@rule("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default")
-def convolution(operator: Operator, algebra: Algebra) -> Axes:
-    """Return the convolution of x (batch, in, …) with W (out, in / groups, …)."""
-    source, weight, bias = operator["input"], operator["weight"], operator["bias"]
-    groups = operator["groups"]
-    axes = algebra[weight]
-    produced = algebra.produce(weight, 0)
-    if groups == 1:
-        algebra.contract(source, 1, weight, 1)
-    elif groups == weight.shape[0] == source.shape[1]:
-        algebra.same(algebra[source][1], produced)  # depth-wise: each channel for itself
+@rule(
+    "transformers.grouped_mm_fallback.default",
+    "aten._grouped_mm.default",
+    "aten._grouped_mm",
+    vanishes="any",
+)
+def grouped_matmul(operator: Operator, algebra: Algebra) -> Axes:
+    """Multiply consecutive rows of x with a matrix of their own each: W is (matrices, in, out)."""
+    source, weight, ends = operator.inputs[:3]
+    matrices = algebra[weight][0]
+    counted = algebra.understand(ends, "boundaries")
+    if counted is None:
+        algebra.pin(matrices, f"{operator.target} takes its matrices in the order of the rows")
+        algebra.pin(algebra[ends][0], f"{operator.target} takes its matrices in the order of the rows")
     else:
-        for axis in (algebra[source][1], produced, axes[1]):
-            algebra.pin(axis, f"{operator.target} with {groups} groups has no rule")
-    for axis in axes[2:]:
-        algebra.pin(axis, "a convolution's window")
-    if bias is not None:
-        algebra.same(algebra[bias][0], produced)
-    (output,) = operator.outputs
-    spatial = algebra.fresh(output.shape[2:] if output else ())
-    for axis in (*spatial, *algebra[source][2:]):
-        algebra.pin(axis, "positions that a convolution slides over")
-    return [algebra[source][0], produced, *spatial]
+        algebra.same(matrices, counted)
+    algebra.contract(source, -1, weight, 1)
+    return [algebra[source][0], algebra.produce(weight, 2)]
+
+
+def _letters(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """Return the letters of each operand and of the result; the axes of an ellipsis become ``.0``, ``.1``, …"""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    inputs = [_expanded(term, rank - len(term.replace("...", ""))) for term, rank in zip(terms, ranks, strict=True)]
+    if arrow:
+        hidden = max((rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks) if "..." in term), default=0)
+        return inputs, _expanded(right, hidden)
+    flat = [letter for letters in inputs for letter in letters]
+    once = sorted(letter for letter in set(flat) if flat.count(letter) == 1 and not letter.startswith("."))
+    return inputs, [*sorted({x for x in flat if x.startswith(".")}), *once]
+
+
+def _expanded(term: str, hidden: int) -> list[str]:
+    before, dots, after = term.partition("...")
+    return [*before, *([f".{hidden - i}" for i in range(hidden)] if dots else []), *after]

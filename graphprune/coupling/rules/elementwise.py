@@ -6,117 +6,158 @@ from graphprune.coupling.algebra import Algebra, Axes
 from graphprune.coupling.rules.registry import rule
 from graphprune.trace.graph import Operator
 
-_LINEAR = (
-    "add.Tensor",
-    "add.Scalar",
-    "add_.Tensor",
-    "sub.Tensor",
-    "sub.Scalar",
-    "rsub.Scalar",
-    "neg.default",
-    "mul.Tensor",
-    "mul.Scalar",
-    "mul_.Tensor",
-    "div.Tensor",
-    "div.Scalar",
-    "div_.Tensor",
-    "to.dtype",
-    "to.dtype_layout",
-    "to.device",
-    "to.other",
-    "_to_copy.default",
-    "type_as.default",
-    "contiguous.default",
-    "clone.default",
-    "alias.default",
-    "detach.default",
-    "detach_.default",
-    "lift_fresh_copy.default",
-    "dropout.default",
-    "dropout_.default",
-    "where.self",
-    "where.ScalarOther",
-    "where.ScalarSelf",
-    "where.Scalar",
-    "masked_fill.Scalar",
-    "masked_fill.Tensor",
-    "float.default",
+_PRODUCTS = ("mul", "addcmul")
+_SUMS = ("add", "sub", "rsub", "where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "masked_fill")
+_CHOICES = ("minimum", "maximum", "min.other", "max.other", "lerp", "fmin", "fmax")
+_CASTS = (
+    "to",
+    "_to_copy",
+    "type_as",
+    "contiguous",
+    "clone",
+    "alias",
+    "detach",
+    "lift_fresh_copy",
+    "dropout",
+    "alpha_dropout",
+    "feature_dropout",
+    "native_dropout",
+    "float",
+    "positive",
 )
-
+_QUOTIENTS = ("div", "true_divide", "neg")
 _COMPARISONS = (
-    "eq.Tensor",
-    "eq.Scalar",
-    "ne.Tensor",
-    "ne.Scalar",
-    "lt.Tensor",
-    "lt.Scalar",
-    "le.Tensor",
-    "le.Scalar",
-    "gt.Tensor",
-    "gt.Scalar",
-    "ge.Tensor",
-    "ge.Scalar",
-    "__and__.Tensor",
-    "__or__.Tensor",
-    "logical_and.default",
-    "logical_or.default",
-    "logical_not.default",
-    "bitwise_and.Tensor",
-    "bitwise_or.Tensor",
-    "bitwise_not.default",
-    "minimum.default",
-    "maximum.default",
-    "min.other",
-    "max.other",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "logical_not",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+    "bitwise_not",
+    "isnan",
+    "isinf",
+    "floor_divide",
+    "remainder",
+    "fmod",
 )
-
-_NONLINEAR = (
-    "relu.default",
-    "relu_.default",
-    "silu.default",
-    "silu_.default",
-    "gelu.default",
-    "sigmoid.default",
-    "tanh.default",
-    "exp.default",
-    "log.default",
-    "sqrt.default",
-    "rsqrt.default",
-    "reciprocal.default",
-    "abs.default",
-    "pow.Tensor_Scalar",
+_THROUGH_ZERO = (
+    "relu",
+    "silu",
+    "gelu",
+    "tanh",
+    "abs",
+    "sqrt",
+    "square",
+    "sign",
+    "sin",
+    "erf",
+    "leaky_relu",
+    "prelu",
+    "elu",
+    "selu",
+    "celu",
+    "mish",
+    "relu6",
+    "hardtanh",
+    "hardswish",
+    "softsign",
+    "tanhshrink",
+    "hardshrink",
+    "softshrink",
+    "log1p",
+    "expm1",
+    "nan_to_num",
+    "round",
+    "floor",
+    "ceil",
+    "trunc",
+)
+_OTHER_NONLINEAR = (
+    "sigmoid",
+    "exp",
+    "exp2",
+    "log",
+    "log2",
+    "log10",
+    "log_sigmoid",
+    "rsqrt",
+    "reciprocal",
     "pow.Tensor_Tensor",
-    "cos.default",
-    "sin.default",
-    "erf.default",
-    "softplus.default",
-    "leaky_relu.default",
-    "elu.default",
-    "hardtanh.default",
-    "hardswish.default",
-    "hardsigmoid.default",
-    "mish.default",
-    "relu6.default",
-    "clamp.default",
-    "clamp_min.default",
-    "square.default",
+    "pow.Scalar",
+    "cos",
+    "softplus",
+    "hardsigmoid",
+    "clamp",
+    "clip",
+    "clamp_min",
+    "clamp_max",
+    "threshold",
+    "atan2",
+    "xlogy",
 )
 
 
-@rule(*(f"aten.{name}" for name in (*_LINEAR, *_COMPARISONS)))
-def elementwise(operator: Operator, algebra: Algebra) -> Axes:
+def _named(*names: str) -> tuple[str, ...]:
+    return tuple(f"aten.{name}" for name in names)
+
+
+def _elementwise(operator: Operator, algebra: Algebra) -> Axes:
     """Couple all operands, axis by axis."""
-    return _broadcast(operator, algebra)
+    (output, *_) = operator.outputs
+    return algebra.broadcast(operator.inputs, output.shape if output else ())
 
 
-@rule(*(f"aten.{name}" for name in _NONLINEAR))
-def nonlinear(operator: Operator, algebra: Algebra) -> Axes:
-    """Couple like `elementwise`; the mark tells an FFN's width from a low-rank path."""
-    axes = _broadcast(operator, algebra)
+def _nonlinear(operator: Operator, algebra: Algebra) -> Axes:
+    """Couple likewise; the mark tells an FFN's width from a low-rank path."""
+    axes = _elementwise(operator, algebra)
     algebra.mark(axes, "nonlinear")
     return axes
 
 
-def _broadcast(operator: Operator, algebra: Algebra) -> Axes:
-    (output,) = operator.outputs
-    return algebra.broadcast(operator.inputs, output.shape if output else ())
+rule(*_named(*_PRODUCTS), vanishes="any")(_elementwise)
+rule(*_named(*_SUMS), vanishes="all")(_elementwise)
+rule(*_named(*_CASTS), vanishes="first", moves=True)(_elementwise)
+rule(*_named(*_QUOTIENTS), vanishes="first")(_elementwise)
+rule(*_named(*_CHOICES, *_COMPARISONS))(_elementwise)
+rule(*_named(*_THROUGH_ZERO, "pow.Tensor_Scalar"), vanishes="first")(_nonlinear)
+rule(*_named(*_OTHER_NONLINEAR))(_nonlinear)
+
+
+@rule("aten.copy", vanishes="all")
+def copy(operator: Operator, algebra: Algebra) -> Axes:
+    """Write the source over the target."""
+    target = operator["self"]
+    return algebra.broadcast(operator.inputs, target.shape)
+
+
+@rule("aten.glu", vanishes="first")
+def gated(operator: Operator, algebra: Algebra) -> Axes:
+    """Return a · sigmoid(b) for the halves a and b of an axis."""
+    source = operator["self"]
+    dim = operator["dim"] % len(source.shape)
+    axes = list(algebra[source])
+    half = source.shape[dim] // 2
+    first, second = algebra.split(axes[dim], [half, half])
+    algebra.same(first, second)
+    axes[dim] = first
+    algebra.mark([first], "nonlinear")
+    return axes
+
+
+@rule("aten.tril", "aten.triu", vanishes="first")
+def triangle(operator: Operator, algebra: Algebra) -> Axes:
+    """Keep one side of a diagonal: the last two axes have an order."""
+    axes = algebra[operator["self"]]
+    for axis in axes[-2:]:
+        algebra.pin(axis, f"{operator.target} compares its units with those of another axis")
+    return list(axes)

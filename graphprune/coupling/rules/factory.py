@@ -7,17 +7,15 @@ from graphprune.coupling.rules.registry import rule
 from graphprune.trace.graph import Operator
 
 
+@rule("aten.zeros", "aten.new_zeros", vanishes="zero")
 @rule(
-    "aten.zeros.default",
-    "aten.ones.default",
-    "aten.full.default",
-    "aten.zeros_like.default",
-    "aten.ones_like.default",
-    "aten.full_like.default",
-    "aten.new_zeros.default",
-    "aten.new_ones.default",
-    "aten.new_full.default",
-    "aten.scalar_tensor.default",
+    "aten.ones",
+    "aten.full",
+    "aten.empty",
+    "aten.new_ones",
+    "aten.new_full",
+    "aten.new_empty",
+    "aten.scalar_tensor",
 )
 def constant(operator: Operator, algebra: Algebra) -> Axes:
     """Fill a shape with one number: any layout will do."""
@@ -25,9 +23,16 @@ def constant(operator: Operator, algebra: Algebra) -> Axes:
     return algebra.fresh(output.shape if output else ())
 
 
-@rule("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
-def arange(operator: Operator, algebra: Algebra) -> Axes:
-    """Count: the units have an order."""
+@rule("aten.zeros_like", vanishes="zero")
+@rule("aten.ones_like", "aten.full_like", "aten.empty_like", "aten.rand_like", "aten.randn_like")
+def alike(operator: Operator, algebra: Algebra) -> Axes:
+    """Take the shape of another value: it shrinks with it."""
+    return list(algebra[operator.inputs[0]])
+
+
+@rule("aten.arange", "aten.eye", "aten.linspace", "aten.tril_indices", "aten.triu_indices")
+def numbered(operator: Operator, algebra: Algebra) -> Axes:
+    """Count: the units have an order. A reader computed from parameters may read a selection all the same."""
     (output,) = operator.outputs
     axes = algebra.fresh(output.shape if output else ())
     for axis in axes:

@@ -7,64 +7,67 @@ from graphprune.coupling.rules.registry import rule
 from graphprune.trace.graph import Operator
 
 
-@rule("aten.mean.dim", "aten.sum.dim_IntList")
+@rule("aten.mean", "aten.sum", "aten.linalg_vector_norm", "aten.norm", vanishes="first")
 def reduce(operator: Operator, algebra: Algebra) -> Axes:
     """Sum an axis, or take its mean: surgery keeps the mean's divisor, so a missing unit counts as zero."""
     source = operator["self"]
-    rank = len(source.shape)
-    dims = {dim % rank for dim in operator["dim"] or range(rank)}
-    axes = algebra[source]
-    algebra.mark([axes[dim] for dim in sorted(dims)], "normalised")
+    dims = _dims(operator)
+    algebra.mark([algebra[source][dim] for dim in dims], "normalised")
+    for dim in dims:
+        algebra.sum_over([(source, dim)])
+    return _without(operator, algebra, dims)
+
+
+@rule("aten.var", "aten.std", "aten.prod", "aten.amax", "aten.amin", "aten.logsumexp")
+@rule("aten.any", "aten.all", "aten.count_nonzero")
+def aggregate(operator: Operator, algebra: Algebra) -> Axes:
+    """Consume an axis in a way that minds a missing unit."""
+    dims = _dims(operator)
+    for dim in dims:
+        _mind(operator, algebra, dim)
+    return _without(operator, algebra, dims)
+
+
+@rule("aten.var_mean", "aten.max.dim", "aten.min.dim", "aten.median.dim", "aten.mode", "aten.kthvalue")
+def aggregate_twice(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
+    """Consume an axis and return two results."""
+    axes = aggregate(operator, algebra)
+    return (axes, list(axes))
+
+
+@rule("aten.argmax", "aten.argmin")
+def number_of_one(operator: Operator, algebra: Algebra) -> Axes:
+    """Return which unit it is: units have numbers."""
+    dims = _dims(operator)
+    for dim in dims:
+        algebra.pin(algebra[operator["self"]][dim], f"{operator.target} returns the numbers of its units")
+    return _without(operator, algebra, dims)
+
+
+@rule("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax")
+def softmax(operator: Operator, algebra: Algebra) -> Axes:
+    """Normalise along an axis: a missing unit would change all the others, unless it cannot be chosen either."""
+    axes = algebra[operator["self"]]
+    algebra.mark([axes[operator["dim"]]], "softmax")
+    return list(axes)
+
+
+def _dims(operator: Operator) -> list[int]:
+    rank = len(operator["self"].shape)
+    dim = operator["dim"]
+    if dim is None or dim == ():
+        return list(range(rank))
+    return sorted({int(item) % rank for item in (dim if isinstance(dim, tuple) else (dim,))}) if rank else []
+
+
+def _mind(operator: Operator, algebra: Algebra, dim: int) -> None:
+    axis = algebra[operator["self"]][dim]
+    algebra.mark([axis], "normalised")
+    algebra.block(axis, f"{operator.target} over this axis: a missing unit is not the same as zero")
+
+
+def _without(operator: Operator, algebra: Algebra, dims: list[int]) -> Axes:
+    axes = algebra[operator["self"]]
     if operator["keepdim"]:
         return [algebra.fresh([1])[0] if dim in dims else axis for dim, axis in enumerate(axes)]
     return [axis for dim, axis in enumerate(axes) if dim not in dims]
-
-
-@rule("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int")
-def softmax(operator: Operator, algebra: Algebra) -> Axes:
-    """Normalise along an axis: a missing unit would change all the others."""
-    source = operator["self"]
-    axes = algebra[source]
-    dim = operator["dim"] % len(axes)
-    algebra.block(axes[dim], "softmax over this axis: its other units would change")
-    return list(axes)
-
-
-@rule("aten.layer_norm.default")
-def layer_norm(operator: Operator, algebra: Algebra) -> Axes:
-    """Centre and scale along the last axes: no rescaling makes up for a missing unit."""
-    axes = algebra[operator["input"]]
-    width = len(operator["normalized_shape"])
-    for axis in axes[-width:]:
-        algebra.mark([axis], "normalised")
-        algebra.block(axis, "LayerNorm takes its mean over this axis: its other units would change")
-    _couple(operator, algebra, axes[-width:], "weight", "bias")
-    return list(axes)
-
-
-@rule("aten.rms_norm.default")
-def rms_norm(operator: Operator, algebra: Algebra) -> Axes:
-    """Scale along the last axes; surgery keeps the divisor."""
-    axes = algebra[operator["input"]]
-    width = len(operator["normalized_shape"])
-    algebra.mark(axes[-width:], "normalised")
-    for axis in axes[-width:]:
-        algebra.block(axis, "the fused RMSNorm divides by the number of units")
-    _couple(operator, algebra, axes[-width:], "weight")
-    return list(axes)
-
-
-@rule("aten.batch_norm.default")
-def batch_norm(operator: Operator, algebra: Algebra) -> Axes:
-    """Scale each channel for itself."""
-    axes = algebra[operator["input"]]
-    _couple(operator, algebra, axes[1:2], "weight", "bias", "running_mean", "running_var")
-    return list(axes)
-
-
-def _couple(operator: Operator, algebra: Algebra, axes: Axes, *names: str) -> None:
-    """Couple the axes that a norm runs over with those of its own parameters, as far as it has them."""
-    for name in names:
-        if operator[name] is not None:
-            for axis, own in zip(axes, algebra[operator[name]], strict=True):
-                algebra.same(axis, own)

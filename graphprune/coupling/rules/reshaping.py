@@ -1,10 +1,13 @@
-"""Operators that move data without computing: views, permutations, slices, concatenations."""
+"""Operators that move data without computing: views, permutations, slices, concatenations, repetitions."""
 
 from __future__ import annotations
 
 from graphprune.coupling.algebra import Algebra, Axes
+from graphprune.coupling.layout import Layout
 from graphprune.coupling.rules.registry import rule
-from graphprune.trace.graph import Operator, Value
+from graphprune.trace.graph import DynamicSize, Operator, Value
+
+_MANY = 64  # single indices, beyond which an axis is left alone
 
 
 def _only(operator: Operator) -> Value:
@@ -12,15 +15,19 @@ def _only(operator: Operator) -> Value:
 
 
 @rule(
-    "aten.view.default",
-    "aten.reshape.default",
-    "aten._unsafe_view.default",
-    "aten.flatten.using_ints",
-    "aten.unflatten.int",
-    "aten.unsqueeze.default",
-    "aten.squeeze.default",
-    "aten.squeeze.dim",
-    "aten.squeeze.dims",
+    "aten.view",
+    "aten.reshape",
+    "aten._unsafe_view",
+    "aten._reshape_alias",
+    "aten.view_as",
+    "aten.reshape_as",
+    "aten.flatten",
+    "aten.unflatten",
+    "aten.unsqueeze",
+    "aten.squeeze",
+    "aten.ravel",
+    vanishes="first",
+    moves=True,
 )
 def view(operator: Operator, algebra: Algebra) -> Axes:
     """Row-major factoring from one shape to the other."""
@@ -28,29 +35,48 @@ def view(operator: Operator, algebra: Algebra) -> Axes:
     return algebra.reshape(algebra[source], source.shape, _only(operator).shape)
 
 
-@rule("aten.transpose.int")
+@rule("aten.transpose", "aten.swapaxes", "aten.swapdims", vanishes="first", moves=True)
 def transpose(operator: Operator, algebra: Algebra) -> Axes:
     """Swap two axes."""
     axes = list(algebra[operator["self"]])
-    first, second = operator["dim0"], operator["dim1"]
-    axes[first], axes[second] = axes[second], axes[first]
+    first, second = list(operator.arguments.values())[1:3]
+    axes[first], axes[second] = axes[second], axes[first]  # type: ignore[call-overload]
     return axes
 
 
-@rule("aten.t.default", "aten.numpy_T.default")
+@rule("aten.t", "aten.numpy_T", vanishes="first", moves=True)
 def reverse(operator: Operator, algebra: Algebra) -> Axes:
     """Reverse the order of the axes."""
     return algebra[operator["self"]][::-1]
 
 
-@rule("aten.permute.default")
+@rule("aten.mT", "aten.mH", "aten.adjoint", "aten.matrix_H", vanishes="first", moves=True)
+def transpose_matrices(operator: Operator, algebra: Algebra) -> Axes:
+    """Swap the last two axes."""
+    *batch, rows, columns = algebra[operator["self"]]
+    return [*batch, columns, rows]
+
+
+@rule("aten.permute", vanishes="first", moves=True)
 def permute(operator: Operator, algebra: Algebra) -> Axes:
     """Reorder the axes."""
     axes = algebra[operator["self"]]
     return [axes[dim] for dim in operator["dims"]]
 
 
-@rule("aten.expand.default", "aten.broadcast_to.default", "aten.expand_as.default")
+@rule("aten.movedim", "aten.moveaxis", vanishes="first", moves=True)
+def move_axes(operator: Operator, algebra: Algebra) -> Axes:
+    """Move some axes to other places; the others keep their order."""
+    axes = algebra[operator["self"]]
+    sources, targets = (item if isinstance(item, tuple) else (item,) for item in list(operator.arguments.values())[1:])
+    taken = [int(source) % len(axes) for source in sources]  # type: ignore[arg-type]
+    rest = [axis for dim, axis in enumerate(axes) if dim not in taken]
+    for target, source in sorted(zip((int(t) % len(axes) for t in targets), taken)):  # type: ignore[arg-type]
+        rest.insert(target, axes[source])
+    return rest
+
+
+@rule("aten.expand", "aten.broadcast_to", "aten.expand_as", vanishes="first", moves=True)
 def expand(operator: Operator, algebra: Algebra) -> Axes:
     """Repeat axes of size 1: a free broadcast atom each."""
     source, output = operator["self"], _only(operator)
@@ -64,30 +90,56 @@ def expand(operator: Operator, algebra: Algebra) -> Axes:
     return result
 
 
-@rule("aten.slice.Tensor")
-def slice_(operator: Operator, algebra: Algebra) -> Axes:
-    """Keep a consecutive segment; with a step, nothing can be said of the axis."""
-    source = operator["self"]
-    dim = (operator["dim"] or 0) % len(source.shape)
-    size = source.shape[dim]
-    start, end = bounds(operator["start"], operator["end"], size)
+@rule("aten.repeat", "aten.tile", vanishes="first", moves=True)
+def repeat(operator: Operator, algebra: Algebra) -> Axes:
+    """Lay copies end to end: copies × axis."""
+    source, output = operator["self"], _only(operator)
+    axes = [*algebra.fresh([1] * (len(output.shape) - len(source.shape))), *algebra[source]]
+    return [_repeated(algebra, axis, size, copies_first=True) for axis, size in zip(axes, output.shape, strict=True)]
+
+
+@rule("aten.repeat_interleave.self_int", vanishes="first", moves=True)
+def repeat_interleave(operator: Operator, algebra: Algebra) -> Axes:
+    """Repeat each index where it stands: axis × copies."""
+    source, output = operator["self"], _only(operator)
+    if operator["dim"] is None:
+        (whole,) = algebra.reshape(algebra[source], source.shape, [_size(source)])
+        return [_repeated(algebra, whole, output.shape[0], copies_first=False)]
     axes = list(algebra[source])
-    if operator["step"] not in (None, 1):
-        algebra.pin(axes[dim], f"{operator.target} takes every {operator['step']}th index of it")
-        axes[dim] = algebra.fresh([_only(operator).shape[dim]])[0]
-        algebra.pin(axes[dim], f"{operator.target} takes every {operator['step']}th index of it")
+    dim = operator["dim"]
+    axes[dim] = _repeated(algebra, axes[dim], output.shape[dim], copies_first=False)
+    return axes
+
+
+@rule("aten.slice", "aten.narrow", vanishes="first", moves=True)
+def slice_(operator: Operator, algebra: Algebra) -> Axes:
+    """Keep a consecutive segment, or every n-th index."""
+    source, output = operator["self"], _only(operator)
+    dim = (operator["dim"] or 0) % len(source.shape)
+    size, step = source.shape[dim], operator["step"] or 1
+    start, end = bounds(operator["start"], _end(operator), size)
+    axes = list(algebra[source])
+    if step != 1:
+        axes[dim] = _every(operator, algebra, axes[dim], start, step)
     elif (start, end) != (0, size):
-        sizes = [start, end - start, size - end]
-        axes[dim] = algebra.split(axes[dim], sizes)[1] if end > start else algebra.fresh([0])[0]
+        if isinstance(operator["start"], DynamicSize) or isinstance(_end(operator), DynamicSize):
+            algebra.pin(axes[dim], f"{operator.target} cuts it where the inputs' sizes say")
+        axes[dim] = algebra.segment(axes[dim], start, end - start)
+    if axes[dim].size != output.shape[dim]:
+        algebra.pin(axes[dim], f"{operator.target} cuts it where the inputs' sizes say")
+        axes[dim] = algebra.ordered(output.shape[dim], operator.target)
     return axes
 
 
 @rule(
-    "aten.chunk.default",
-    "aten.split.Tensor",
-    "aten.split.sizes",
-    "aten.split_with_sizes.default",
-    "aten.tensor_split.sections",
+    "aten.chunk",
+    "aten.split",
+    "aten.split_with_sizes",
+    "aten.tensor_split",
+    "aten.unsafe_chunk",
+    "aten.unsafe_split",
+    vanishes="first",
+    moves=True,
 )
 def split(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     """Cut an axis into consecutive segments."""
@@ -99,17 +151,22 @@ def split(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     return tuple([*axes[:dim], segment, *axes[dim + 1 :]] for segment in segments)
 
 
-@rule("aten.unbind.int", "aten.select.int")
+@rule("aten.select", "aten.unbind", vanishes="first", moves=True)
 def pick(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
-    """Read single indices of an axis, by number: its units have an order."""
+    """Read single indices of an axis: what is read becomes a segment of its own."""
     source = operator["self"]
     dim = (operator["dim"] or 0) % len(source.shape)
-    axes = algebra[source]
-    algebra.pin(axes[dim], f"{operator.target} reads its indices by number")
+    axes, size = algebra[source], source.shape[dim]
+    number = operator["index"]
+    if isinstance(number, Value) or isinstance(number, DynamicSize) or size > _MANY:
+        algebra.pin(axes[dim], f"{operator.target} reads its units by number")
+    else:
+        for position in range(size) if number is None else [number % size]:
+            algebra.segment(axes[dim], position, 1)
     return tuple([*axes[:dim], *axes[dim + 1 :]] for _ in operator.outputs)
 
 
-@rule("aten.cat.default", "aten.concat.default")
+@rule("aten.cat", "aten.concat", "aten.concatenate", vanishes="each")
 def cat(operator: Operator, algebra: Algebra) -> Axes:
     """Lay operands end to end along one axis; their other axes are equal."""
     values = [value for value in operator["tensors"] if value.shape != (0,)]
@@ -123,7 +180,63 @@ def cat(operator: Operator, algebra: Algebra) -> Axes:
     return axes
 
 
+@rule("aten.stack", vanishes="each")
+def stack(operator: Operator, algebra: Algebra) -> Axes:
+    """Lay operands side by side along a new axis."""
+    values, output = operator["tensors"], _only(operator)
+    axes = list(algebra[values[0]])
+    for value in values[1:]:
+        for mine, other in zip(axes, algebra[value], strict=True):
+            algebra.same(mine, other)
+    axes.insert((operator["dim"] or 0) % len(output.shape), algebra.concat(algebra.fresh([1] * len(values))))
+    return axes
+
+
+@rule("aten.pixel_shuffle", vanishes="first", moves=True)
+def pixel_shuffle(operator: Operator, algebra: Algebra) -> Axes:
+    """Turn (channels · r · r, h, w) into (channels, h · r, w · r)."""
+    source, factor = operator["self"], operator["upscale_factor"]
+    *batch, channels, height, width = algebra[source]
+    size = source.shape[-3]
+    kept, down, across = algebra.reshape([channels], [size], [size // factor**2, factor, factor])
+    for axis in (down, across):
+        algebra.pin(axis, f"{operator.target} lays its units side by side")
+    return [*batch, kept, algebra.solver.product([height, down]), algebra.solver.product([width, across])]
+
+
 def bounds(start: int | None, end: int | None, size: int) -> tuple[int, int]:
     """Return a slice's bounds as numbers from 0 to `size`."""
     first, last, _ = slice(start, end).indices(size)
     return first, max(first, last)
+
+
+def _end(operator: Operator) -> int | None:
+    length = operator["length"]
+    return operator["end"] if length is None else operator["start"] + length
+
+
+def _every(operator: Operator, algebra: Algebra, axis: Layout, start: int, step: int) -> Layout:
+    """Return every n-th index of an axis: axis = result × n, of which one is read."""
+    size, taken = axis.size, _only(operator).shape[operator["dim"] or 0]
+    if size % step or taken * step != size:
+        algebra.pin(axis, f"{operator.target} takes every {step}th index of it")
+        return algebra.ordered(taken, operator.target)
+    result, phase = algebra.reshape([axis], [size], [taken, step])
+    if phase.size > 1:
+        algebra.segment(phase, start % step, 1)
+    return result
+
+
+def _repeated(algebra: Algebra, axis: Layout, size: int, *, copies_first: bool) -> Layout:
+    if size == axis.size:
+        return axis
+    (copies,) = algebra.fresh([size // axis.size])
+    algebra.mark([copies], "repeated")
+    return algebra.solver.product([copies, axis] if copies_first else [axis, copies])
+
+
+def _size(value: Value) -> int:
+    total = 1
+    for size in value.shape:
+        total *= size
+    return total
