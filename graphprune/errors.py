@@ -71,6 +71,10 @@ class ShrinkError(GraphPruneError, RuntimeError):
     exit_code = 3
 
 
+class ShrinkWarning(UserWarning):
+    """A model was shrunk as its traced graph, because its own code does not follow its smaller weights."""
+
+
 class TrainingError(GraphPruneError, RuntimeError):
     """Training diverged or could not start."""
 

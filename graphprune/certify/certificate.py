@@ -7,7 +7,7 @@ group, to name the culprit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from graphprune.coupling.selection import Indices
 from graphprune.errors import CouplingError, VerificationError
 from graphprune.shrink.program import Program
 from graphprune.shrink.resize import resize
-from graphprune.shrink.weights import select_weight, zero_weight
+from graphprune.shrink.weights import named_weights, select_weight, zero_weight
 
 TOLERANCE = 1e-9
 
@@ -183,7 +183,7 @@ def _double(value: Any) -> Any:
 def _probing_weights(model: nn.Module, generator: np.random.Generator) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     doubled: dict[int, Tensor] = {}
-    for name, tensor in _named_weights(model):
+    for name, tensor in named_weights(model):
         if id(tensor) not in doubled:
             doubled[id(tensor)] = _probe(tensor.detach(), generator)
         weights[name] = doubled[id(tensor)]
@@ -197,11 +197,6 @@ def _probe(tensor: Tensor, generator: np.random.Generator) -> Tensor:
         noise = torch.from_numpy(generator.standard_normal(tuple(tensor.shape)))
         return tensor.double() + 0.05 * noise.to(tensor.device)
     return tensor.double()
-
-
-def _named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _error(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:

@@ -131,8 +131,7 @@ class Algebra:
 
     def settle(self) -> None:
         """Hand what was said of composed axes, of activations too, down to the atoms that they are made of."""
-        for axes in (*self._axes.values(), *(copy.axes for copy in self.copies.values())):
-            self.solver.spread(axes)
+        self.solver.settle()
 
     def known(self, name: str) -> Axes | None:
         """Return the layouts of the value called `name`, or None if no operator touched it."""

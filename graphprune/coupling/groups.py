@@ -138,6 +138,10 @@ class NodeGroups(Mapping[str, NodeGroup]):
         """Yield the atoms that an axis is made of."""
         return self._algebra.solver.atoms(layout)
 
+    def segments(self, layout: Layout) -> list[Layout]:
+        """Return the segments of an axis, in order."""
+        return self._algebra.solver.segments(layout)
+
     def factors(self, layout: Layout) -> list[Layout]:
         """Return the factors of an axis, outermost first."""
         return self._algebra.solver.factors(layout)

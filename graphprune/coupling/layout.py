@@ -218,14 +218,26 @@ class LayoutSolver:
         """Yield the atoms that `layout` is made of, in order, each as often as it occurs."""
         yield from atoms_of(layout)
 
-    def spread(self, layouts: Iterable[Layout]) -> None:
-        """Hand the pins, blocks and marks of composed layouts down to their atoms."""
-        for layout in layouts:
-            found = find(layout)
-            for atom in self.atoms(found):
-                self._inherit(atom, found)
-            for part in found.parts:
-                self.spread((part,))
+    def settle(self) -> None:
+        """Hand the pins, blocks and marks of composed layouts down to their atoms.
+
+        An axis in which an atom is a factor twice (a matrix coupled with its own transpose) has no units of its own.
+        """
+        for layout in self.layouts:
+            if layout.parent is None and layout.parts:
+                if layout.form == "product":
+                    self._pin_repeated_factors(layout)
+                if layout.pins or layout.blocks or layout.marks:
+                    for atom in atoms_of(layout):
+                        self._inherit(atom, layout)
+
+    def _pin_repeated_factors(self, product: Layout) -> None:
+        seen: set[int] = set()
+        for part in product.parts:
+            atoms = {atom.identity: atom for atom in atoms_of(part)}
+            for identity in seen & atoms.keys():
+                self.pin(atoms[identity], "one axis holds it twice, as rows and columns of a matrix")
+            seen |= atoms.keys()
 
     def _new(self, size: int, form: Form, parts: tuple[Layout, ...] = ()) -> Layout:
         layout = Layout(len(self.layouts), size, form, parts)
@@ -251,7 +263,8 @@ class LayoutSolver:
 
     def _conflict(self, layouts: Iterable[Layout], operator: str) -> None:
         for layout in layouts:
-            self.pin(layout, f"{operator} couples sizes that have no common refinement")
+            for atom in atoms_of(layout):
+                self.pin(atom, f"{operator} couples sizes that have no common refinement")
 
     def _align(
         self,

@@ -89,7 +89,7 @@ def prune_stage(session: Session) -> str:
         )
     _write_metrics(session.path("training/metrics.jsonl"), "prune", pruned.metrics)
     with pruned.repaired():
-        small: Any = shrink(model, groups, pruned.plan, session.examples)
+        small: Any = shrink(model, groups, pruned.plan, session.examples, form="module")
     small = small.merge_and_unload()
     with torch.no_grad():
         distance = _distance(small(**session.examples).logits, pruned.masked_logits)

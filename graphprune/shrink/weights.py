@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from graphprune.coupling.groups import NodeGroups
+from graphprune.coupling.layout import Layout, atoms_of
 from graphprune.coupling.selection import Indices
+
+
+def named_weights(model: nn.Module | ExportedProgram) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers by every qualified name that they have."""
+    if isinstance(model, ExportedProgram):
+        yield from model.state_dict.items()
+        named = ((name, item) for name, item in model.constants.items() if isinstance(item, Tensor))
+        yield from ((name, item) for name, item in named if name not in model.state_dict)
+    else:
+        yield from model.named_parameters(remove_duplicate=False)
+        yield from model.named_buffers(remove_duplicate=False)
 
 
 def select_weight(name: str, tensor: Tensor, groups: NodeGroups, kept: Mapping[str, Indices]) -> Tensor:
@@ -34,14 +47,30 @@ def zero_weight(name: str, tensor: Tensor, groups: NodeGroups, kept: Mapping[str
     return tensor
 
 
+def agreed_selections(groups: NodeGroups, kept: Mapping[str, Indices]) -> dict[tuple[str, int], Indices]:
+    """Return what to keep of each axis of a shared buffer that all its readers select alike.
+
+    Rotary frequencies are read by all layers; where every layer keeps the same pairs, the buffer itself can be cut.
+    """
+    selection, wanted = groups.selection(kept), dict[tuple[str, int], list[Indices]]()
+    for group in groups.values():
+        for member in group.members:
+            if member.side == "selected":
+                chosen = groups.keep(member.layout, selection)
+                wanted.setdefault((member.parameter, member.axis), []).append(chosen)
+    return {
+        place: first
+        for place, (first, *rest) in wanted.items()
+        if len(first) < groups.graph.weights[place[0]].shape[place[1]]
+        and all(len(first) == len(other) and bool((first == other).all()) for other in rest)
+    }
+
+
 def _changed_axes(name: str, groups: NodeGroups, kept: Mapping[str, Indices]) -> dict[int, Indices]:
-    axes = groups.axes(groups.graph.tied.get(name, name))
-    if axes is None:
-        return {}
+    axes: list[Layout] = groups.axes(groups.graph.tied.get(name, name)) or []
     selection = groups.selection(kept)
-    touched = [
-        axis
-        for axis, layout in enumerate(axes)
-        if any(atom.identity in selection for atom in groups.atoms(layout))
-    ]
-    return {axis: groups.keep(axes[axis], selection) for axis in touched}
+    return {
+        dim: groups.keep(axis, selection)
+        for dim, axis in enumerate(axes)
+        if any(atom.identity in selection for atom in atoms_of(axis))
+    }

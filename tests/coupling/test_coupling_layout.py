@@ -59,7 +59,7 @@ def test_unify_leaves_two_layouts_that_select_alike(data):
     if first.size != second.size:
         second = solver.product([solver.atom(first.size)])
     solver.unify(first, second, "test")
-    solver.spread([first, second])
+    solver.settle()
     atoms = {atom.identity: atom for node in (first, second) for atom in solver.atoms(node)}
     free = {identity: atom for identity, atom in atoms.items() if not atom.pins}
     selection = {
@@ -74,7 +74,7 @@ def test_factorisations_find_their_common_refinement_or_are_pinned(first, second
     a = solver.product([solver.atom(size) for size in first])
     b = solver.product([solver.atom(size) for size in second])
     solver.unify(a, b, "test")
-    solver.spread([a, b])
+    solver.settle()
     assert find(a) is find(b)
     assert math.prod(atom.size for atom in solver.atoms(a)) == 48
 
@@ -119,7 +119,7 @@ def test_layouts_without_a_common_refinement_are_pinned_with_the_operators_name(
     a = solver.product([solver.atom(2), solver.atom(3)])
     b = solver.product([solver.atom(3), solver.atom(2)])
     solver.unify(a, b, "view_7")
-    solver.spread([a, b])
+    solver.settle()
     assert all(any("view_7" in reason for reason in atom.pins) for atom in solver.atoms(a))
 
 

@@ -14,7 +14,9 @@ from graphprune.errors import RecipeError, ShrinkError
 from graphprune.shrink.config import fit_config
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
-from graphprune.shrink.weights import zero_weight
+from graphprune.shrink.program import Program
+from graphprune.shrink.resize import resize
+from graphprune.shrink.weights import named_weights, select_weight, zero_weight
 from graphprune.trace.model import trace
 
 RESHAPABLE = ("ffn", "attention_heads", "query_heads", "lora_rank")
@@ -92,6 +94,7 @@ def test_merging_adapters_and_cutting_commute(adapted):
     cut_then_merge = shrink(adapted.model, adapted.groups, plan, adapted.inputs).merge_and_unload()
     merged = copy.deepcopy(adapted.model).merge_and_unload()
     groups = node_groups(trace(merged, adapted.inputs))
+    assert len(groups) < len(adapted.groups)
     by_members = {tuple(m.parameter for m in g.members): name for name, g in groups.items()}
     renamed = {}
     for name, units in plan.items():
@@ -106,17 +109,25 @@ def test_merging_adapters_and_cutting_commute(adapted):
     )
 
 
-def test_a_width_that_a_norm_divides_by_is_refused_and_nothing_is_done(llama):
-    """The module's own RMSNorm would divide by the new width."""
-    with pytest.raises(ShrinkError, match="computes something else"):
-        shrink(llama.model, llama.groups, uniform(llama, hidden=8), llama.inputs)
+def test_a_width_that_a_norm_divides_by_is_made_up_for_by_its_weight_and_eps(llama):
+    plan = uniform(llama, hidden=8)
+    small = shrink(llama.model, llama.groups, plan, llama.inputs, form="module")
+    before, after = llama.model.model.layers[0].input_layernorm, small.model.layers[0].input_layernorm
+    assert after.variance_epsilon == pytest.approx(before.variance_epsilon * 32 / 24)
+    torch.testing.assert_close(after.weight, before.weight[8:] * (32 / 24) ** 0.5)
+    kept = plan.kept(llama.groups)
+    reference = resize(Program(llama.groups.graph.program), llama.groups, kept)
+    weights = {n: select_weight(n, t.detach(), llama.groups, kept) for n, t in named_weights(llama.model)}
+    torch.testing.assert_close(
+        logits(small, llama.inputs), reference(weights, llama.inputs)[0], atol=2e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
         ({"{ffn}": [48]}, "which has 48"),
-        ({"{ffn}": range(48)}, "every unit"),
+        ({"{ffn}": range(48)}, "leaves 0 of 48 units"),
         ({"{vocabulary}": [0]}, "cannot be pruned"),
     ],
 )
