@@ -112,24 +112,53 @@ TRANSFORMERS: dict[str, Architecture] = {
     "gpt-neox": pretrained("GPTNeoX", {**ONE_HEAD_KIND, "hidden_size": 48, "num_attention_heads": 3}, TEXT),
     "gpt-j": pretrained(
         "GPTJ",
-        {**COMMON, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 40, "n_positions": 32, "rotary_dim": 4},
+        {
+            **COMMON,
+            "n_embd": 24,
+            "n_layer": 2,
+            "n_head": 3,
+            "n_inner": 40,
+            "n_positions": 32,
+            "rotary_dim": 4,
+        },
         TEXT,
     ),
     "opt": pretrained(
         "OPT",
-        {**without(ONE_HEAD_KIND, "intermediate_size"), "ffn_dim": 40, "word_embed_proj_dim": 24, "num_attention_heads": 4},
+        {
+            **without(ONE_HEAD_KIND, "intermediate_size"),
+            "ffn_dim": 40,
+            "word_embed_proj_dim": 24,
+            "num_attention_heads": 4,
+        },
         {**MASKED, "use_cache": False},
     ),
     "falcon": pretrained(
         "Falcon",
-        {**COMMON, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "num_kv_heads": 2,
-         "new_decoder_architecture": True, "ffn_hidden_size": 40},
+        {
+            **COMMON,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "ffn_hidden_size": 40,
+        },
         {**MASKED, "use_cache": False},
     ),
     "falcon, multi-query": pretrained(
         "Falcon",
-        {**COMMON, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "multi_query": True,
-         "new_decoder_architecture": False, "ffn_hidden_size": 40, "alibi": False, "parallel_attn": True},
+        {
+            **COMMON,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "multi_query": True,
+            "new_decoder_architecture": False,
+            "ffn_hidden_size": 40,
+            "alibi": False,
+            "parallel_attn": True,
+        },
         {**MASKED, "use_cache": False},
     ),
     "bloom": pretrained(
@@ -150,88 +179,368 @@ TRANSFORMERS: dict[str, Architecture] = {
     "albert": pretrained("Albert", {**ENCODER, "embedding_size": 10}, MASKED, head="ForMaskedLM"),
     "distilbert": pretrained(
         "DistilBert",
-        {"vocab_size": 61, "dim": 24, "hidden_dim": 40, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32},
+        {
+            "vocab_size": 61,
+            "dim": 24,
+            "hidden_dim": 40,
+            "n_layers": 2,
+            "n_heads": 4,
+            "max_position_embeddings": 32,
+        },
         MASKED,
         head="ForMaskedLM",
     ),
     "deberta-v2": pretrained(
         "DebertaV2",
-        {**ENCODER, "relative_attention": True, "position_buckets": 4, "pos_att_type": ["p2c", "c2p"],
-         "norm_rel_ebd": "layer_norm", "share_att_key": True, "position_biased_input": False, "max_relative_positions": -1},
+        {
+            **ENCODER,
+            "relative_attention": True,
+            "position_buckets": 4,
+            "pos_att_type": ["p2c", "c2p"],
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "position_biased_input": False,
+            "max_relative_positions": -1,
+        },
         MASKED,
         head="ForMaskedLM",
     ),
-    "modernbert": pretrained("ModernBert", {**ENCODER, "cls_token_id": 1, "sep_token_id": 2}, MASKED, head="ForMaskedLM"),
+    "modernbert": pretrained(
+        "ModernBert", {**ENCODER, "cls_token_id": 1, "sep_token_id": 2}, MASKED, head="ForMaskedLM"
+    ),
     "t5": pretrained(
         "T5",
-        {"vocab_size": 61, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4,
-         "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0},
+        {
+            "vocab_size": 61,
+            "d_model": 24,
+            "d_kv": 6,
+            "d_ff": 40,
+            "num_layers": 2,
+            "num_heads": 4,
+            "feed_forward_proj": "gated-gelu",
+            "decoder_start_token_id": 0,
+        },
         {"input_ids": IDS, "decoder_input_ids": IDS[:, :7], "use_cache": False},
         head="ForConditionalGeneration",
     ),
     "bart": pretrained(
         "Bart",
-        {"vocab_size": 61, "d_model": 24, "encoder_ffn_dim": 40, "decoder_ffn_dim": 36, "encoder_layers": 2,
-         "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 32,
-         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+        {
+            "vocab_size": 61,
+            "d_model": 24,
+            "encoder_ffn_dim": 40,
+            "decoder_ffn_dim": 36,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "max_position_embeddings": 32,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 1,
+        },
         {"input_ids": IDS, "decoder_input_ids": IDS[:, :7], "use_cache": False},
         head="ForConditionalGeneration",
     ),
     "vit": pretrained(
         "ViT",
-        {**without(ENCODER, "vocab_size", "pad_token_id", "max_position_embeddings"), "image_size": 20, "patch_size": 5, "num_labels": 10},
+        {
+            **without(ENCODER, "vocab_size", "pad_token_id", "max_position_embeddings"),
+            "image_size": 20,
+            "patch_size": 5,
+            "num_labels": 10,
+        },
         {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 20 * 20).reshape(2, 3, 20, 20)},
         head="ForImageClassification",
     ),
     "swin": pretrained(
         "Swin",
-        {"image_size": 32, "patch_size": 4, "embed_dim": 12, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4, "num_labels": 10},
+        {
+            "image_size": 32,
+            "patch_size": 4,
+            "embed_dim": 12,
+            "depths": [2, 2],
+            "num_heads": [3, 6],
+            "window_size": 4,
+            "num_labels": 10,
+        },
         {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)},
         head="ForImageClassification",
     ),
     "convnext": pretrained(
         "ConvNext",
-        {"num_channels": 3, "hidden_sizes": [8, 12], "depths": [2, 2], "num_stages": 2, "num_labels": 10, "image_size": 32},
+        {
+            "num_channels": 3,
+            "hidden_sizes": [8, 12],
+            "depths": [2, 2],
+            "num_stages": 2,
+            "num_labels": 10,
+            "image_size": 32,
+        },
         {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)},
         head="ForImageClassification",
     ),
     "whisper": pretrained(
         "Whisper",
-        {"vocab_size": 61, "num_mel_bins": 9, "d_model": 24, "encoder_layers": 2, "decoder_layers": 2,
-         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 36,
-         "max_source_positions": 13, "max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-         "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None},
-        {"input_features": torch.linspace(-1, 1, 2 * 9 * 26).reshape(2, 9, 26), "decoder_input_ids": IDS[:, :7], "use_cache": False},
+        {
+            "vocab_size": 61,
+            "num_mel_bins": 9,
+            "d_model": 24,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 40,
+            "decoder_ffn_dim": 36,
+            "max_source_positions": 13,
+            "max_target_positions": 32,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 1,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
+        {
+            "input_features": torch.linspace(-1, 1, 2 * 9 * 26).reshape(2, 9, 26),
+            "decoder_input_ids": IDS[:, :7],
+            "use_cache": False,
+        },
         head="ForConditionalGeneration",
     ),
     "clip, vision": pretrained(
         "CLIPVision",
-        {**without(ENCODER, "vocab_size", "pad_token_id", "max_position_embeddings"), "image_size": 20, "patch_size": 5, "projection_dim": 14},
+        {
+            **without(ENCODER, "vocab_size", "pad_token_id", "max_position_embeddings"),
+            "image_size": 20,
+            "patch_size": 5,
+            "projection_dim": 14,
+        },
         {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 20 * 20).reshape(2, 3, 20, 20)},
         head="ModelWithProjection",
     ),
-    "mixtral": pretrained("Mixtral", {**DECODER, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}, TEXT),
+    "mixtral": pretrained(
+        "Mixtral", {**DECODER, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}, TEXT
+    ),
     "qwen2-moe": pretrained(
         "Qwen2Moe",
-        {**DECODER, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28, "num_experts": 5, "num_experts_per_tok": 2},
+        {
+            **DECODER,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 28,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+        },
         TEXT,
     ),
-    "qwen3-moe": pretrained("Qwen3Moe", {**WIDE_HEADS, "moe_intermediate_size": 20, "num_experts": 5, "num_experts_per_tok": 2}, TEXT),
-    "gpt-oss": pretrained("GptOss", {**WIDE_HEADS, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 16}, TEXT, attention="eager"),
+    "qwen3-moe": pretrained(
+        "Qwen3Moe",
+        {**WIDE_HEADS, "moe_intermediate_size": 20, "num_experts": 5, "num_experts_per_tok": 2},
+        TEXT,
+    ),
+    "gpt-oss": pretrained(
+        "GptOss",
+        {**WIDE_HEADS, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 16},
+        TEXT,
+        attention="eager",
+    ),
     "deepseek-v3": pretrained(
         "DeepseekV3",
-        {**ONE_HEAD_KIND, "moe_intermediate_size": 20, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
-         "first_k_dense_replace": 1, "q_lora_rank": 14, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5, "num_key_value_heads": 6},
+        {
+            **ONE_HEAD_KIND,
+            "moe_intermediate_size": 20,
+            "n_routed_experts": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 14,
+            "kv_lora_rank": 10,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 6,
+            "v_head_dim": 5,
+            "num_key_value_heads": 6,
+        },
         TEXT,
     ),
     "mamba": pretrained(
         "Mamba",
-        {**COMMON, "hidden_size": 24, "state_size": 5, "num_hidden_layers": 2, "expand": 2, "conv_kernel": 4, "time_step_rank": 3},
+        {
+            **COMMON,
+            "hidden_size": 24,
+            "state_size": 5,
+            "num_hidden_layers": 2,
+            "expand": 2,
+            "conv_kernel": 4,
+            "time_step_rank": 3,
+        },
         TEXT,
     ),
     "mamba2": pretrained(
         "Mamba2",
-        {**COMMON, "hidden_size": 24, "state_size": 5, "num_hidden_layers": 2, "expand": 2, "conv_kernel": 4, "num_heads": 6, "head_dim": 8, "n_groups": 2, "chunk_size": 4},
+        {
+            **COMMON,
+            "hidden_size": 24,
+            "state_size": 5,
+            "num_hidden_layers": 2,
+            "expand": 2,
+            "conv_kernel": 4,
+            "num_heads": 6,
+            "head_dim": 8,
+            "n_groups": 2,
+            "chunk_size": 4,
+        },
         TEXT,
     ),
 }
+
+
+class ResidualNetwork(nn.Module):
+    """Convolutions with BatchNorm, a strided short cut, and a classifier, as in a ResNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.first, self.first_norm = nn.Conv2d(8, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10)
+        self.second, self.second_norm = nn.Conv2d(10, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.down, self.down_norm = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.cut, self.cut_norm = nn.Conv2d(8, 12, 1, stride=2, bias=False), nn.BatchNorm2d(12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.max_pool2d(torch.relu(self.stem_norm(self.stem(x))), 2)
+        inner = torch.relu(self.first_norm(self.first(x)))
+        x = torch.relu(x + self.second_norm(self.second(inner)))
+        x = torch.relu(self.down_norm(self.down(x)) + self.cut_norm(self.cut(x)))
+        return self.head(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class GroupedNetwork(nn.Module):
+    """Grouped and depth-wise convolutions, GroupNorm, a squeeze-and-excite gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.grouped, self.norm = nn.Conv2d(12, 18, 3, padding=1, groups=3), nn.GroupNorm(3, 18)
+        self.point = nn.Conv2d(18, 10, 1)
+        self.deep = nn.Conv2d(10, 10, 3, padding=1, groups=10)
+        self.squeeze, self.excite = nn.Conv2d(10, 4, 1), nn.Conv2d(4, 10, 1)
+        self.head = nn.Conv2d(10, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.grouped(torch.relu(self.stem(x)))))
+        x = functional.silu(self.deep(self.point(x)))
+        gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        return self.head(x * gate)
+
+
+class UNet(nn.Module):
+    """Down, up with a transposed convolution, and concatenated skips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 10, 3, padding=1)
+        self.middle = nn.Conv2d(10, 14, 3, padding=1)
+        self.up = nn.ConvTranspose2d(14, 9, 2, stride=2)
+        self.merge = nn.Conv2d(19, 7, 3, padding=1)
+        self.last = nn.Conv2d(13, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.relu(self.first(x))
+        second = torch.relu(self.down(functional.max_pool2d(first, 2)))
+        middle = torch.relu(self.middle(functional.max_pool2d(second, 2)))
+        merged = torch.relu(self.merge(torch.cat([self.up(middle), second], 1)))
+        return self.last(torch.cat([functional.interpolate(merged, scale_factor=2), first], 1))
+
+
+class GatedBranches(nn.Module):
+    """Branches of different widths, gated by a scalar and by each other, then concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.gate, self.narrow = nn.Linear(5, 9), nn.Linear(5, 9), nn.Linear(5, 4)
+        self.scalar, self.out = nn.Linear(5, 1), nn.Linear(13, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.tanh(self.wide(x)) * torch.sigmoid(self.gate(x))
+        narrow = functional.gelu(self.narrow(x)) * torch.sigmoid(self.scalar(x))
+        return self.out(torch.cat([wide, narrow], -1))
+
+
+class SharedLayers(nn.Module):
+    """One block used three times on a residual stream under RMSNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.norm = nn.Linear(5, 12), nn.RMSNorm(12, eps=1e-6)
+        self.up, self.down, self.outward = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inward(x)
+        for _ in range(3):
+            x = x + self.down(torch.relu(self.up(self.norm(x))))
+        return self.outward(x)
+
+
+def plain(kind: type[nn.Module], shape: tuple[int, ...]) -> Architecture:
+    """Return a plain network on one input called ``x``."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return randomized(kind())
+
+    generator = torch.Generator().manual_seed(0)
+    return Architecture(build, lambda: {"x": torch.randn(shape, generator=generator)})
+
+
+PLAIN: dict[str, Architecture] = {
+    "residual network": plain(ResidualNetwork, (2, 3, 16, 16)),
+    "grouped convolutions": plain(GroupedNetwork, (2, 3, 8, 8)),
+    "u-net": plain(UNet, (2, 3, 8, 8)),
+    "gated branches": plain(GatedBranches, (2, 5)),
+    "shared layers": plain(SharedLayers, (2, 5)),
+}
+
+MLP = ["gate_proj", "up_proj", "down_proj"]
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", *MLP]
+
+
+def adapted(base: str, *configurations: dict[str, Any]) -> Architecture:
+    """Return an architecture with LoRA adapters by PEFT, their B not zero; several share a model by name."""
+
+    def build() -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        configs = [LoraConfig(**{"r": 3, "lora_alpha": 6, **settings}) for settings in configurations]
+        model: Any = get_peft_model(ARCHITECTURES[base].build(), configs[0])  # type: ignore[arg-type]
+        for number, config in enumerate(configs[1:], start=2):
+            model.add_adapter(f"adapter{number}", config)
+        if len(configs) > 1:
+            model.base_model.set_adapter(["default", *(f"adapter{n}" for n in range(2, len(configs) + 1))])
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    scale = 1.0 if "magnitude" in name else 0.2
+                    parameter.copy_(torch.rand(parameter.shape, generator=generator) * scale + 0.05)
+        return model.eval()
+
+    return Architecture(build, lambda: ARCHITECTURES[base].inputs())
+
+
+ARCHITECTURES: dict[str, Architecture] = {**TRANSFORMERS, **PLAIN}
+ADAPTED: dict[str, Architecture] = {
+    "llama + LoRA": adapted("llama, grouped-query", {"target_modules": ALL}),
+    "llama + rsLoRA, attention alone": adapted(
+        "llama, grouped-query", {"target_modules": ["q_proj", "v_proj"], "use_rslora": True}
+    ),
+    "llama + two adapters": adapted(
+        "llama, grouped-query", {"target_modules": ALL}, {"target_modules": ["q_proj", "down_proj"], "r": 5}
+    ),
+    "llama + DoRA": adapted("llama, grouped-query", {"target_modules": ALL, "use_dora": True}),
+    "llama + LoRA on embeddings": adapted("llama, multi-head", {"target_modules": ["embed_tokens", *MLP]}),
+    "gpt2 + LoRA": adapted("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "qwen3-moe + LoRA": adapted("qwen3-moe", {"target_modules": ["q_proj", "o_proj"]}),
+}
+ARCHITECTURES |= ADAPTED

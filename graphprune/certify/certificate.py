@@ -191,9 +191,9 @@ def _probing_weights(model: nn.Module, generator: np.random.Generator) -> dict[s
 
 
 def _probe(tensor: Tensor, generator: np.random.Generator) -> Tensor:
-    if not tensor.is_floating_point() or tensor.numel() < 2:
+    if not tensor.is_floating_point():
         return tensor
-    if bool((tensor == tensor.flatten()[0]).all()):
+    if tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
         noise = torch.from_numpy(generator.standard_normal(tuple(tensor.shape)))
         return tensor.double() + 0.05 * noise.to(tensor.device)
     return tensor.double()

@@ -79,4 +79,4 @@ def _adds_a_number(operator: Operator) -> bool:
 
 def _atoms(algebra: Algebra, value: Value) -> Atoms:
     axes = algebra.known(value.name) or []
-    return frozenset(atom.identity for axis in axes for atom in atoms_of(axis))
+    return frozenset(atom.identity for axis in axes if axis.size > 1 for atom in atoms_of(axis))

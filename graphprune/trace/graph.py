@@ -60,6 +60,7 @@ class Operator:
         arguments: By schema name.
         outputs: One value for each tensor that it returns; None for what is not a tensor.
         module: Qualified name of the module whose forward made the call, for messages only.
+        inputs: All tensors that it reads, in schema order, each as often as it is read.
     """
 
     name: str
@@ -67,6 +68,11 @@ class Operator:
     arguments: Mapping[str, Argument]
     outputs: tuple[Value | None, ...]
     module: str = ""
+    inputs: tuple[Value, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        read = tuple(value for argument in self.arguments.values() for value in _values_in(argument))
+        object.__setattr__(self, "inputs", read)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
@@ -85,11 +91,6 @@ class Operator:
     def in_place(self) -> bool:
         """Whether it writes into its first operand."""
         return _IN_PLACE.search(self.target) is not None
-
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        """All tensors that it reads, in schema order, each as often as it is read."""
-        return tuple(value for argument in self.arguments.values() for value in _values_in(argument))
 
 
 @dataclass(frozen=True)
@@ -161,15 +162,17 @@ class Dependence:
 def _reached(operators: Sequence[Operator], sources: set[str]) -> set[str]:
     """Return everything that is computed from `sources`, memory that operators write into included."""
     producers = {value.name: operator for operator in operators for value in operator.outputs if value}
-    reached, before = set(sources), -1
-    while len(reached) != before:
-        before = len(reached)
-        for operator in operators:
-            if any(value.name in reached for value in operator.inputs) and not operator.has_own_shape:
+    flowing = [operator for operator in operators if not operator.has_own_shape]
+    reached, written = set(sources), set[str]()
+    while True:
+        for operator in flowing:
+            if any(value.name in reached for value in operator.inputs):
                 reached.update(value.name for value in operator.outputs if value is not None)
                 if operator.in_place:
-                    reached.update(_aliased(operator, producers))
-    return reached
+                    written.update(_aliased(operator, producers))
+        if written <= reached:
+            return reached
+        reached |= written
 
 
 def _aliased(operator: Operator, producers: Mapping[str, Operator]) -> Iterator[str]:

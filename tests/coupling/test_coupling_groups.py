@@ -88,7 +88,7 @@ def test_groups_are_the_same_each_time(llama):
 @pytest.mark.parametrize(
     ("first", "second", "operators"),
     [
-        ("mlp.gate_proj.weight:0", "mlp.down_proj.weight:1", ["linear", "mul"]),
+        ("mlp.gate_proj.weight:0", "mlp.down_proj.weight:1", ["mul", "linear"]),
         ("self_attn.v_proj.weight:0", "self_attn.o_proj.weight:1", ["view", "reshape", "linear"]),
     ],
 )

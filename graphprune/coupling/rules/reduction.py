@@ -7,11 +7,13 @@ from graphprune.coupling.rules.registry import rule
 from graphprune.trace.graph import Operator
 
 
-@rule("aten.mean", "aten.sum", "aten.linalg_vector_norm", "aten.norm", vanishes="first")
+@rule("aten.mean", "aten.sum", "aten.linalg_vector_norm", "aten.linalg_norm", "aten.norm", vanishes="first")
 def reduce(operator: Operator, algebra: Algebra) -> Axes:
     """Sum an axis, or take its mean: surgery keeps the mean's divisor, so a missing unit counts as zero."""
-    source = operator["self"]
+    source = operator.inputs[0]
     dims = _dims(operator)
+    if operator.target.startswith("aten.linalg_norm") and len(dims) > 1 and operator["ord"] not in (None, "fro"):
+        raise ValueError("a matrix norm that is no sum of squares")
     algebra.mark([algebra[source][dim] for dim in dims], "normalised")
     for dim in dims:
         algebra.sum_over([(source, dim)])
@@ -40,20 +42,20 @@ def number_of_one(operator: Operator, algebra: Algebra) -> Axes:
     """Return which unit it is: units have numbers."""
     dims = _dims(operator)
     for dim in dims:
-        algebra.pin(algebra[operator["self"]][dim], f"{operator.target} returns the numbers of its units")
+        algebra.pin(algebra[operator.inputs[0]][dim], f"{operator.target} returns the numbers of its units")
     return _without(operator, algebra, dims)
 
 
 @rule("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax")
 def softmax(operator: Operator, algebra: Algebra) -> Axes:
     """Normalise along an axis: a missing unit would change all the others, unless it cannot be chosen either."""
-    axes = algebra[operator["self"]]
+    axes = algebra[operator.inputs[0]]
     algebra.mark([axes[operator["dim"]]], "softmax")
     return list(axes)
 
 
 def _dims(operator: Operator) -> list[int]:
-    rank = len(operator["self"].shape)
+    rank = len(operator.inputs[0].shape)
     dim = operator["dim"]
     if dim is None or dim == ():
         return list(range(rank))
@@ -61,13 +63,13 @@ def _dims(operator: Operator) -> list[int]:
 
 
 def _mind(operator: Operator, algebra: Algebra, dim: int) -> None:
-    axis = algebra[operator["self"]][dim]
+    axis = algebra[operator.inputs[0]][dim]
     algebra.mark([axis], "normalised")
     algebra.block(axis, f"{operator.target} over this axis: a missing unit is not the same as zero")
 
 
 def _without(operator: Operator, algebra: Algebra, dims: list[int]) -> Axes:
-    axes = algebra[operator["self"]]
+    axes = algebra[operator.inputs[0]]
     if operator["keepdim"]:
         return [algebra.fresh([1])[0] if dim in dims else axis for dim, axis in enumerate(axes)]
     return [axis for dim, axis in enumerate(axes) if dim not in dims]
