@@ -97,7 +97,9 @@ def lay_out(block: Block) -> Picture:
     ports = _ports(boxes, block.bonds, sides)
     gaps = [placed.top + placed.height + GAP / 2 for placed in boxes]
     leaders = _leaders(block.bonds, sides, ports, gaps)
-    lanes = {side: _lanes([b for b in block.bonds if sides[b.name] == side], ports, leaders) for side in SIDES}
+    lanes = {
+        side: _lanes([b for b in block.bonds if sides[b.name] == side], ports, leaders) for side in SIDES
+    }
     room = {side: _room(lanes[side]) for side in SIDES}
     left = MARGIN + room["left"]
     right = left + _box_width(block.boxes)
@@ -206,10 +208,9 @@ def _stack(block: Block, ports: Mapping[str, int]) -> tuple[list[PlacedBox], lis
 
 
 def _caption(block: Block) -> str:
-    *stack, number = block.path.split(".")
     if len(block.alike) < 2:
         return block.path
-    return f"{'.'.join([*stack, '*'])}  × {len(block.alike)}"
+    return f"{block.path.rpartition('.')[0]}.*  × {len(block.alike)}"
 
 
 def _ports(

@@ -39,9 +39,11 @@ class Family:
     @property
     def where(self) -> str:
         """The name without the kind and without the stack, for a list that is sorted by stacks."""
-        path = self.name.rpartition(":")[0]
-        inside = path.split(".")[self.stack.count(".") + 1 :] if self.stack else path.split(".")
-        return ".".join(inside) or path or self.name
+        parts = (self.name.rpartition(":")[0] or self.name).split(".")
+        depth = self.stack.count(".")
+        if self.stack:
+            parts = parts[depth + 1 :] if parts[depth] == "*" else parts[depth:]
+        return ".".join(parts) or self.name
 
     def pattern_of(self, parameter: str) -> str:
         """Return the name of a parameter of the first group with ``*`` where the names of the others differ."""

@@ -71,7 +71,6 @@ def _family(number: int, family: Family, parameters: dict[str, Row], total: int)
         "block": [row["block"] for row in family.rows],
         "count": count,
         "places": [list(place) for place in family.places],
-        "places_text": _places_text(family),
         "share": min(1.0, owned / total) if total else 0.0,
         "operators": [list(operator) for operator in fold_operators(first)],
         "members": [_member(family, members, parameters) for members in fold_members(first)],
@@ -96,12 +95,6 @@ def _member(family: Family, members: Any, parameters: dict[str, Row]) -> dict[st
     }
 
 
-def _places_text(family: Family) -> str:
-    """Return which blocks a family lies in: ``0–29``; each number of a place by itself."""
-    columns = zip(*family.places, strict=True)
-    return " × ".join(numbers_in_words(column) for column in columns)
-
-
 def _facts(document: Document) -> dict[str, Any]:
     groups, elements = document["groups"], document["elements"]
     return {
@@ -120,23 +113,40 @@ def _sections(data: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for stack in stacks:
         families = [family for family in data if family["stack"] == stack]
         numbers = {block for family in families for block in family["block"] if block is not None}
-        sections.append({"stack": stack, "blocks": len(numbers) if stack else 0, "families": families})
+        some = {family["id"]: _some_of(family, numbers) for family in families}
+        sections.append(
+            {"stack": stack, "blocks": len(numbers) if stack else 0, "families": families, "some": some}
+        )
     return sections
 
 
+def _some_of(family: dict[str, Any], numbers: set[int]) -> str:
+    """Return in words which of the numbered blocks a family lies in, if it is more than one and not all."""
+    own = {block for block in family["block"] if block is not None}
+    return numbers_in_words(sorted(own)) if 1 < len(own) < len(numbers) else ""
+
+
 def _pictures(document: Document, blocks: Sequence[tuple[str, ...]]) -> list[dict[str, str]]:
-    """Return a picture of each kind of block, the most frequent first; one of the whole model if it has none."""
-    repeated = [paths for paths in blocks if len(paths) > 1] and blocks[:_PICTURES]
-    if not repeated:
-        title = f"Node groups of {document['model']}"
-        return [{"name": "model", "svg": group_picture(document, title)}]
-    return [{"name": _blocks_text(paths), "svg": block_picture(document, paths)} for paths in repeated]
+    """Return a picture of each kind of block, the most frequent first; one of the whole model if none is repeated."""
+    if not blocks or len(blocks[0]) < 2:
+        return [{"name": "model", "svg": main_picture(document)}]
+    return [
+        {"name": _blocks_text(paths), "svg": group_picture(document, _title(document, paths), block=paths[0])}
+        for paths in blocks[:_PICTURES]
+    ]
 
 
-def block_picture(document: Document, paths: Sequence[str]) -> str:
-    """Return the picture of a block, given the paths of all blocks that are like it."""
-    words = f"one of {len(paths)} alike blocks" if len(paths) > 1 else f"block {paths[0]}"
-    return group_picture(document, f"Node groups of {document['model']}: {words}", block=paths[0])
+def main_picture(document: Document) -> str:
+    """Return the picture of the most frequent kind of block, with its title; an empty string if there is no group."""
+    blocks = distinct_blocks(document)
+    return group_picture(document, _title(document, blocks[0] if blocks else ()))
+
+
+def _title(document: Document, paths: Sequence[str]) -> str:
+    words = f"Node groups of {document['model']}"
+    if len(paths) > 1:
+        return f"{words}: one of {len(paths)} alike blocks"
+    return f"{words}: {paths[0]}" if paths else words
 
 
 def _blocks_text(paths: Sequence[str]) -> str:

@@ -33,10 +33,12 @@ from graphprune.report.svg import LINE as RULE
 _SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 _MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 _EXPLANATION = (
-    "A vertical line is a node group: a unit leaves every parameter on its line, or none. Solid: may go. Dashed: stays."
+    "A vertical line is a node group: a unit leaves every parameter on its line, or none. "
+    "Solid: may go. Dashed: stays."
 )
 _ARROWS = (
-    "Small numbers are axes. An arrow into a parameter: it is summed over that axis; out of it: its result lies along it."
+    "Small numbers are axes. An arrow into a parameter: it is summed over that axis; "
+    "out of it: its result lies along it."
 )
 _DARK = {"ink": "#e6edf3", "muted": "#9aa3ad", "rule": "#434c56", "fill": "#1b2128", "paper": "#12161b"}
 _FIXED = {"ink": INK, "muted": MUTED, "rule": RULE, "fill": FILL, "paper": PAPER}
@@ -82,7 +84,10 @@ def _style(kinds: Iterable[str]) -> str:
     dark += [f".node-groups .{tone}-line {{ stroke: {colour} }}" for tone, colour in _DARK.items()]
     for kind in kinds:
         name, colour = _class(kind), look_of(kind).dark
-        dark += [f".node-groups .{name}-fill {{ fill: {colour} }}", f".node-groups .{name}-line {{ stroke: {colour} }}"]
+        dark += [
+            f".node-groups .{name}-fill {{ fill: {colour} }}",
+            f".node-groups .{name}-line {{ stroke: {colour} }}",
+        ]
     return f"@media (prefers-color-scheme: dark) {{ {' '.join(dark)} }}"
 
 
@@ -99,7 +104,9 @@ def _frame(frame: Frame, picture: Picture) -> str:
         f'width="{width:.1f}" height="{height:.1f}" rx="{6 if frame.inner else 12}" fill="{fill}" stroke="{RULE}"/>'
     )
     if frame.inner:
-        return shape + _text(picture.left, frame.top + CAPTION - 7, frame.caption, size=11, tone="muted", mono=True)
+        return shape + _text(
+            picture.left, frame.top + CAPTION - 7, frame.caption, size=11, tone="muted", mono=True
+        )
     return shape + _text(
         picture.left - INSET, frame.top + CAPTION - 5, frame.caption, size=12, weight=650, mono=True
     )
@@ -139,7 +146,9 @@ def _ports(placed: PlacedBox, side: str, picture: Picture) -> str:
     for axis, met in groupby(stops, key=lambda stop: stop[0]):
         heights = [y for _, y in met]
         x = picture.left + 9 if side == "left" else picture.right - 9
-        tags.append(_text(x, sum(heights) / len(heights) + 3.5, str(axis), size=9.5, tone="muted", anchor="middle"))
+        tags.append(
+            _text(x, sum(heights) / len(heights) + 3.5, str(axis), size=9.5, tone="muted", anchor="middle")
+        )
     return "".join(tags)
 
 
@@ -183,7 +192,9 @@ def _stop(stop: Stop, bus: Bus, picture: Picture, paint: _Paint) -> str:
         f'<circle {paint.dot} cx="{bus.x:.1f}" cy="{stop.y:.1f}" r="4" stroke-width="1.6"/>',
     ]
     if stop.end.side != "carries":
-        tip, back = (box - sign, box - 8 * sign) if stop.end.side == "consumes" else (box - 8 * sign, box - sign)
+        tip, back = (
+            (box - sign, box - 8 * sign) if stop.end.side == "consumes" else (box - 8 * sign, box - sign)
+        )
         parts.append(
             f'<path {paint.fill} d="M{tip:.1f} {stop.y:.1f}L{back:.1f} {stop.y - 3.6:.1f}V{stop.y + 3.6:.1f}Z"/>'
         )
@@ -224,4 +235,3 @@ def _text(
         f'<text class="{tone}-fill" x="{x:.1f}" y="{y:.1f}" font-family="{font}" font-size="{size}" '
         f'font-weight="{weight}" fill="{_FIXED[tone]}"{where}>{escape(legible(text))}</text>'
     )
-

@@ -20,8 +20,12 @@ class KindLook:
 
 _LOOKS = {
     "hidden": KindLook("#0b67e8", "#2f80ff", "one dimension of the residual stream"),
-    "attention_heads": KindLook("#933517", "#ff8f4d", "one key and value head, with the query heads it serves"),
-    "query_heads": KindLook("#b38400", "#f6e027", "the query heads of one rank among those that share a key head"),
+    "attention_heads": KindLook(
+        "#933517", "#ff8f4d", "one key and value head, with the query heads it serves"
+    ),
+    "query_heads": KindLook(
+        "#b38400", "#f6e027", "the query heads of one rank among those that share a key head"
+    ),
     "head_dim": KindLook("#c337b8", "#df30b2", "one dimension inside of the heads"),
     "ffn": KindLook("#00a265", "#38c89a", "one channel of the feed-forward layer"),
     "expert": KindLook("#301a0d", "#b14a30", "one expert, with its row of the router"),

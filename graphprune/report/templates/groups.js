@@ -139,6 +139,7 @@
     const place = family.places[which];
     const reason = family.reason_of[which] === null ? null : family.reasons[family.reason_of[which]];
     const [scale, note] = scaleFor(family.members);
+    const count = family.members.reduce((sum, member) => sum + member.places.length, 0);
     const items = family.members.map((member) => memberItem(family, place, member, scale));
     const words = make("span", {});
     const slider = make("input", { type: "range", id: "unit", min: 0, max: family.size - 1, value: 0, step: 1 });
@@ -156,7 +157,7 @@
       make("p", { class: "name code muted" }, ...breakable(filled(family.name, place))),
       family.count > 1 ? make("label", { class: "instance" }, `One of ${number(family.count)} alike; shown:`, instances) : null,
       make("p", { class: "verdict" }, make("span", { class: family.prunable ? "holds" : "stays" }, family.prunable ? "prunable" : "stays: "), reason || ""),
-      make("dl", { class: "numbers" }, fact("units", number(family.size)), fact("parameters a unit frees", number(family.parameters_per_unit)), fact("members", number(family.members.reduce((sum, member) => sum + member.places.length, 0)))),
+      make("dl", { class: "numbers" }, fact("units", number(family.size)), fact("parameters a unit frees", number(family.parameters_per_unit)), fact(count === 1 ? "member" : "members", number(count))),
       make("h3", {}, "Members"),
       make("div", { class: "unit" }, make("label", { for: "unit" }, "Unit ", words), slider, make("p", { class: "muted" }, `A unit is ${family.unit}. ${note}`)),
       make("ul", { class: "members" }, ...items.map(([item]) => item)),
@@ -164,6 +165,14 @@
     show();
     return content;
   };
+
+  const tabs = [...document.querySelectorAll("[data-picture]")];
+  const figures = [...document.querySelectorAll(".picture")];
+  const showPicture = (i) => {
+    tabs.forEach((tab, j) => tab.setAttribute("aria-pressed", String(i === j)));
+    figures.forEach((figure, j) => { figure.hidden = i !== j; });
+  };
+  tabs.forEach((tab, i) => tab.addEventListener("click", () => showPicture(i)));
 
   let chosen = null;
   const mark = (name) => {
@@ -188,6 +197,9 @@
     panel.classList.add("open-panel");
     panel.scrollTop = 0;
     mark(chosen);
+    const drawn = figures.map((figure) => figure.querySelector(".chosen") !== null);
+    const showing = figures.findIndex((figure) => !figure.hidden);
+    if (drawn.includes(true) && !drawn[showing]) showPicture(drawn.indexOf(true));
     if (move && location.hash !== `#${encodeURIComponent(chosen)}`) history.replaceState(null, "", `#${encodeURIComponent(chosen)}`);
   }
 
@@ -220,13 +232,6 @@
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && chosen !== null) clear();
   });
-
-  const tabs = [...document.querySelectorAll("[data-picture]")];
-  const figures = [...document.querySelectorAll(".picture")];
-  tabs.forEach((tab, i) => tab.addEventListener("click", () => {
-    tabs.forEach((other, j) => other.setAttribute("aria-pressed", String(i === j)));
-    figures.forEach((figure, j) => { figure.hidden = i !== j; });
-  }));
 
   const search = document.getElementById("search");
   const verdict = document.getElementById("verdict");
