@@ -90,10 +90,10 @@ def inspect(reference: str, folder: Path, *, certified: bool = False) -> Inspect
 
 
 def _groups_of_onnx(path: Path) -> NodeGroups:
-    from graphprune.trace.onnx import trace_onnx
-
     if not path.is_file():
         raise SourceError(f"there is no file '{path}'", "give the path of a .onnx file")
+    from graphprune.trace.onnx import trace_onnx
+
     return node_groups(trace_onnx(path))
 
 

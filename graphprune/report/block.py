@@ -96,6 +96,8 @@ def block_of(document: Document, path: str | None = None) -> Block:
         repeated = bool(kinds) and (len(kinds[0]) > 1 or len(document["parameters"]) > _WHOLE)
         path = kinds[0][0] if repeated else ""
     alike = next((paths for paths in kinds if path in paths), ())
+    if path and not alike:
+        return Block(path=path, alike=(), boxes=(), bonds=())
     inside = [(row, drawn) for row in document["groups"] if (drawn := _drawn_members(row, path))]
     names = _folded_names(inside)
     boxes = _boxes(document["parameters"], names, path)
@@ -148,6 +150,8 @@ def _boxes(parameters: Sequence[Row], names: Mapping[str, str], path: str) -> tu
         begun = begun or in_block
         part: Part = "block" if in_block else "after" if begun else "before"
         label = row["name"].removeprefix(f"{path}.") if path else row["name"]
+        if copies[row["name"]] > 1:
+            label = ".".join("*" if part.isdecimal() else part for part in label.split("."))
         boxes.append(
             Box(
                 name=row["name"],

@@ -145,7 +145,7 @@ def card_lines(bond: Bond) -> tuple[str, ...]:
 def wrapped(text: str, width: int) -> list[str]:
     """Return text in lines of at most `width` characters; long names are broken behind a dot or an underscore."""
     lines = [""]
-    for word in re.findall(rf"[^\s._/]{{1,{width - 1}}}[\s._/]*|[\s._/]+", text):
+    for word in re.findall(rf"[^\s._/]{{1,{width - 1}}}[\s._/]?|[\s._/]", text):
         if lines[-1] and len(lines[-1]) + len(word.rstrip()) > width:
             lines.append("")
         lines[-1] += word
