@@ -20,6 +20,7 @@ def group(
         "name": name,
         "kind": kind,
         "size": size,
+        "minimum": 1,
         "block": block,
         "permutable": reason is None,
         "prunable": reason is None,

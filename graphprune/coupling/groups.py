@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -217,34 +217,6 @@ class NodeGroups(Mapping[str, NodeGroup]):
     def rows(self) -> list[dict[str, Any]]:
         """Return the groups as plain rows for groups.json, reports and pictures."""
         return [_row(group) for group in self.values()]
-
-    def operators_of(self, group: NodeGroup) -> tuple[Operator, ...]:
-        """Return the operators whose demands couple a group's members, in the graph's order."""
-        names = self._demands.get(group.atom.identity, frozenset())
-        return tuple(operator for operator in self.graph.operators if operator.name in names)
-
-    @cached_property
-    def _demands(self) -> dict[int, set[str]]:
-        """Names of the operators that demand something of each atom, or of a layout made of it."""
-        solver, equal = self._algebra.solver, nx.utils.UnionFind()
-        for coupling in solver.couplings:
-            equal.union(coupling.first, coupling.second)
-        made: dict[int, set[str]] = defaultdict(set)
-        for coupling in solver.couplings:
-            made[equal[coupling.first]].add(coupling.operator)
-        outputs = (value for operator in self.graph.operators for value in operator.outputs if value)
-        values = (*self.graph.inputs, *self.graph.weights.values(), *outputs)
-        pending = [axis for value in values for axis in self.axes(value.name) or ()]
-        met: set[int] = set()
-        demands: dict[int, set[str]] = defaultdict(set)
-        while pending:
-            layout = solver.find(pending.pop())
-            if layout.identity not in met:
-                met.add(layout.identity)
-                pending += layout.parts
-                for atom in solver.atoms(layout):
-                    demands[atom.identity] |= made.get(equal[layout.identity], set())
-        return dict(demands)
 
 
 def node_groups(graph: OperatorGraph) -> NodeGroups:

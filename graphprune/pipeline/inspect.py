@@ -18,7 +18,7 @@ from graphprune.files import write_json
 from graphprune.report.group_document import Document, group_document
 from graphprune.report.group_files import write_groups
 from graphprune.source.model import ModelSource, example_inputs, find_model, load_model
-from graphprune.trace.fx import trace
+from graphprune.trace.model import trace
 
 # So many reasons are listed where nothing may go; groups.json has them all.
 _REASONS = 8
@@ -82,7 +82,7 @@ def inspect(reference: str, folder: Path, *, certified: bool = False) -> Inspect
     else:
         name, model = _with_weights(reference) if certified else _without_weights(reference, path)
         examples = example_inputs(model)
-        groups = node_groups(trace(model, examples))
+        groups = node_groups(trace(model, examples, dynamic=False))
     document = group_document(groups, name)
     write_groups(document, folder)
     certificate = None if model is None or not certified else _certified(model, groups, examples, folder)
@@ -92,9 +92,7 @@ def inspect(reference: str, folder: Path, *, certified: bool = False) -> Inspect
 def _groups_of_onnx(path: Path) -> NodeGroups:
     if not path.is_file():
         raise SourceError(f"there is no file '{path}'", "give the path of a .onnx file")
-    from graphprune.trace.onnx import trace_onnx
-
-    return node_groups(trace_onnx(path))
+    return node_groups(trace(path))
 
 
 def _with_weights(reference: str) -> tuple[str, nn.Module]:

@@ -139,7 +139,7 @@ def _signature(row: Row, path: list[str]) -> tuple[Any, ...]:
         for member in row["members"]
     )
     verdict = (row["permutable"], row["prunable"], re.sub(r"\d+", "#", row["reason"] or ""))
-    sizes = (row["kind"], row["size"], row["parameters_per_unit"], row["block"] is None)
+    sizes = (row["kind"], row["size"], row["minimum"], row["parameters_per_unit"], row["block"] is None)
     return (_starred(path), row["name"].removeprefix(start[:-1]), verdict, sizes, members)
 
 

@@ -30,19 +30,20 @@ def group_document(groups: NodeGroups, model: str) -> dict[str, Any]:
 
         - ``model``, and ``elements``: how many parameters it has, and how many of them lie in prunable units;
         - ``parameters``: name, shape, role and the layout of each axis, in the order in which operators read them;
-        - ``groups``: `NodeGroups.rows`, each with the operators that couple its members, and each member with its
-          role and its ``pieces``: unit *u* owns the indices ``start + repeat · stride + u · length`` and the
-          ``length - 1`` after it, for each ``repeat`` below ``count``.
+        - ``groups``: `NodeGroups.rows`, each with how many units must stay at least and the operators that couple
+          its members, and each member with its role and its ``pieces``: unit *u* owns ``length`` indices from
+          ``start + repeat · stride + u · length`` on, for each ``repeat`` below ``count``.
     """
     rows = groups.rows()
     for row, group in zip(rows, groups.values(), strict=True):
+        row["minimum"] = group.minimum
         row["operators"] = [
             {"name": operator.name, "target": operator.target, "module": operator.module}
             for operator in groups.operators_of(group)
         ]
         for entry, member in zip(row["members"], group.members, strict=True):
             entry["role"] = member.role
-            entry["pieces"] = pieces(groups.owner(group, member))
+            entry["pieces"] = pieces(group.owner(member))
     return {
         "schema": SCHEMA,
         "model": model,
@@ -117,7 +118,7 @@ def _prunable(groups: NodeGroups) -> int:
         for member in group.members:
             if group.prunable and member.role == "parameter":
                 axes = covered.setdefault(member.parameter, {})
-                owned = groups.owner(group, member) >= 0
+                owned = group.owner(member) >= 0
                 axes[member.axis] = axes.get(member.axis, np.zeros_like(owned)) | owned
     free = 0
     for name, axes in covered.items():

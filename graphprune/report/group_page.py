@@ -63,6 +63,7 @@ def _family(number: int, family: Family, parameters: dict[str, Row], total: int)
         "title": title_of(first["kind"]),
         "unit": look_of(first["kind"]).unit,
         "size": first["size"],
+        "minimum": first["minimum"],
         "permutable": first["permutable"],
         "prunable": first["prunable"],
         "reasons": list(family.reasons),

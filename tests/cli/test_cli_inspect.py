@@ -22,7 +22,7 @@ from graphprune.pipeline.inspect import Inspection, inspect
 from graphprune.report.group_document import group_document
 from graphprune.report.group_files import GROUP_FILES
 from graphprune.source.model import example_inputs
-from graphprune.trace.fx import trace
+from graphprune.trace.model import trace
 
 FILES = set(GROUP_FILES)
 
@@ -65,7 +65,7 @@ def test_groups_without_weights_are_those_with_weights(
 ) -> None:
     path = {"folder": folder, "config folder": config_only, "config file": config_only / "config.json"}[given]
     found = inspect(str(path), tmp_path / "out")
-    expected = group_document(node_groups(trace(model, example_inputs(model))), path.name)
+    expected = group_document(node_groups(trace(model, example_inputs(model), dynamic=False)), path.name)
     assert found.document["groups"] == expected["groups"]
     assert found.document["parameters"] == expected["parameters"]
     assert json.loads((tmp_path / "out" / "groups.json").read_text(encoding="utf-8")) == found.document
@@ -81,9 +81,9 @@ def test_no_weight_is_ever_allocated(
     (config_only / "config.json").write_text(json.dumps(settings))
     devices = set()
 
-    def watched(traced: nn.Module, inputs: Any) -> Any:
+    def watched(traced: nn.Module, inputs: Any, **options: Any) -> Any:
         devices.update(parameter.device.type for parameter in traced.parameters())
-        return trace(traced, inputs)
+        return trace(traced, inputs, **options)
 
     monkeypatch.setattr(module, "trace", watched)
     found = inspect(str(config_only), tmp_path / "out")

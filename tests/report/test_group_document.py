@@ -46,7 +46,7 @@ def test_pieces_are_the_indices_that_units_own(case: str, request: pytest.Fixtur
     for row, group in zip(rows, groups.values(), strict=True):
         for entry, member in zip(row["members"], group.members, strict=True):
             for unit in {0, 1, group.size // 2, group.size - 1}:
-                assert owned(entry, unit) == groups.indices(group, member, unit).tolist()
+                assert owned(entry, unit) == group.indices(member, unit).tolist()
                 checked += 1
     assert checked > 50
 
@@ -83,7 +83,7 @@ def test_prunable_elements_are_counted_once(llama: Traced, adapted: Traced) -> N
                 if group.prunable and member.role == "parameter":
                     for unit in range(group.size):
                         index = [slice(None)] * len(member.shape)
-                        index[member.axis] = case.groups.indices(group, member, unit)
+                        index[member.axis] = group.indices(member, unit)
                         covered[member.parameter][tuple(index)] = True
         assert elements["prunable"] == sum(int(mask.sum()) for mask in covered.values())
         assert elements["total"] == sum(parameter.numel() for parameter in case.model.parameters())

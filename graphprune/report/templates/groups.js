@@ -105,7 +105,7 @@
     return tokens.length > 1 ? make("p", { class: "code" }, `${number(member.size)} = `, ...tokens) : null;
   };
 
-  const side = { consumes: "summed over", produces: "written along", carries: "carried along" };
+  const side = { consumes: "summed over", produces: "written along", carries: "carried along", selected: "shared, read in part along" };
 
   const shapeOf = (member) => member.shape.flatMap((size, axis) => [
     axis ? " × " : "", axis === member.axis ? make("b", { class: "own" }, number(size)) : number(size)]);
@@ -156,7 +156,7 @@
         make("button", { type: "button", class: "close", "aria-label": "Close", onclick: clear }, "×")),
       make("p", { class: "name code muted" }, ...breakable(filled(family.name, place))),
       family.count > 1 ? make("label", { class: "instance" }, `One of ${number(family.count)} alike; shown:`, instances) : null,
-      make("p", { class: "verdict" }, make("span", { class: family.prunable ? "holds" : "stays" }, family.prunable ? "prunable" : "stays: "), reason || ""),
+      make("p", { class: "verdict" }, make("span", { class: family.prunable ? "holds" : "stays" }, family.prunable ? "prunable" : "stays: "), reason || (family.minimum > 1 ? `; at least ${number(family.minimum)} units stay` : "")),
       make("dl", { class: "numbers" }, fact("units", number(family.size)), fact("parameters a unit frees", number(family.parameters_per_unit)), fact(count === 1 ? "member" : "members", number(count))),
       make("h3", {}, "Members"),
       make("div", { class: "unit" }, make("label", { for: "unit" }, "Unit ", words), slider, make("p", { class: "muted" }, `A unit is ${family.unit}. ${note}`)),
