@@ -12,6 +12,8 @@ from graphprune.report.group_document import Document
 
 Part = Literal["before", "block", "after"]
 
+# So many parameters that differ in a later number alone (experts, not the two norms of a block) become one box.
+_ALIKE = 4
 # A model without repeated blocks is drawn whole up to this many parameters.
 _WHOLE = 40
 
@@ -118,8 +120,12 @@ def _block_path(parameter: str) -> str:
 
 
 def _drawn_members(row: Row, path: str) -> list[Row]:
+    """Return the members in the block or outside of all blocks; none if the group belongs to other blocks."""
     if not path:
         return list(row["members"])
+    places = {_block_path(member["parameter"]) for member in row["members"]}
+    if path not in places and places != {""}:
+        return []
     return [member for member in row["members"] if _block_path(member["parameter"]) in ("", path)]
 
 
@@ -130,14 +136,17 @@ def _folded_names(inside: Sequence[tuple[Row, list[Row]]]) -> dict[str, str]:
         for member in members:
             role = (row["kind"], row["size"], member["axis"], member["size"])
             roles.setdefault(member["parameter"], set()).add(role)
-    firsts: dict[tuple[Any, ...], str] = {}
-    names = {}
+    alike: dict[tuple[Any, ...], list[str]] = {}
     for parameter, taken in roles.items():
         start = _block_path(parameter)
         rest = parameter.removeprefix(start).split(".")
         pattern = tuple("*" if part.isdecimal() else part for part in rest)
-        names[parameter] = firsts.setdefault((start, pattern, frozenset(taken)), parameter)
-    return names
+        alike.setdefault((start, pattern, frozenset(taken)), []).append(parameter)
+    return {
+        parameter: found[0] if len(found) >= _ALIKE else parameter
+        for found in alike.values()
+        for parameter in found
+    }
 
 
 def _boxes(parameters: Sequence[Row], names: Mapping[str, str], path: str) -> tuple[Box, ...]:

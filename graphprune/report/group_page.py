@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from graphprune.report.block import distinct_blocks
+from graphprune.report.block import block_of, distinct_blocks
 from graphprune.report.folding import Family, Row, fold, fold_members, fold_operators, numbers_in_words
 from graphprune.report.group_document import Document
 from graphprune.report.group_picture import group_picture
@@ -73,7 +73,10 @@ def _family(number: int, family: Family, parameters: dict[str, Row], total: int)
         "count": count,
         "places": [list(place) for place in family.places],
         "share": min(1.0, owned / total) if total else 0.0,
-        "operators": [list(operator) for operator in fold_operators(first)],
+        "operators": [
+            [target, family.pattern_of(f"{module}.").removesuffix("."), many]
+            for target, module, many in fold_operators(first)
+        ],
         "members": [_member(family, members, parameters) for members in fold_members(first)],
     }
 
@@ -139,8 +142,8 @@ def _pictures(document: Document, blocks: Sequence[tuple[str, ...]]) -> list[dic
 
 def main_picture(document: Document) -> str:
     """Return the picture of the most frequent kind of block, with its title; an empty string if there is no group."""
-    blocks = distinct_blocks(document)
-    return group_picture(document, _title(document, blocks[0] if blocks else ()))
+    drawn = block_of(document)
+    return group_picture(document, _title(document, drawn.alike if drawn.path else ()))
 
 
 def _title(document: Document, paths: Sequence[str]) -> str:

@@ -185,13 +185,17 @@ class _Paint:
 
 
 def _stop(stop: Stop, bus: Bus, picture: Picture, paint: _Paint) -> str:
-    """Return the line from a bus to a box: an arrow into the box if it reads, out of it if it writes."""
+    """Return the line from a bus to a box: an arrow into the box if it reads, out of it if it writes.
+
+    A shared buffer, which stays whole while the group reads a part of it, hangs on a dotted line.
+    """
+    dash = ' stroke-dasharray="1.6 3.4"' if stop.end.side == "selected" else paint.dash
     box, sign = (picture.left, 1) if bus.side == "left" else (picture.right, -1)
     parts = [
-        f'<path {paint.line} stroke-width="1.6"{paint.dash} d="M{bus.x:.1f} {stop.y:.1f}H{box:.1f}"/>',
+        f'<path {paint.line} stroke-width="1.6"{dash} d="M{bus.x:.1f} {stop.y:.1f}H{box:.1f}"/>',
         f'<circle {paint.dot} cx="{bus.x:.1f}" cy="{stop.y:.1f}" r="4" stroke-width="1.6"/>',
     ]
-    if stop.end.side != "carries":
+    if stop.end.side in ("consumes", "produces"):
         tip, back = (
             (box - sign, box - 8 * sign) if stop.end.side == "consumes" else (box - 8 * sign, box - sign)
         )

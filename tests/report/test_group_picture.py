@@ -103,6 +103,17 @@ def test_what_stands_before_and_after_the_blocks_is_drawn_there() -> None:
     ]
 
 
+def test_groups_of_other_blocks_are_left_out_although_they_share_a_buffer() -> None:
+    shared = ("rotary.inv_freq", 0)
+    rows = [group(f"l.{i}:head_dim", "head_dim", 8, i, [(f"l.{i}.q", 0), shared]) for i in range(3)]
+    for row in rows:
+        row["members"][1] |= {"role": "buffer", "side": "selected"}
+    picture = group_picture(document_of(rows), "x", block="l.1")
+    assert names(picture) == ["l.1:head_dim"]
+    assert {"rotary.inv_freq", "q"} <= set(texts(picture))
+    assert picture.count("Z") == 1  # one arrow: out of the weight, none for the shared buffer
+
+
 def test_groups_that_stay_are_dashed_and_hollow() -> None:
     members = [("a.weight", 0), ("b.weight", 1)]
     closed = group_picture(document_of([group("g", "ffn", 8, None, members, "softmax over this axis")]), "x")

@@ -128,10 +128,10 @@
 
   const fact = (title, value) => make("div", {}, make("dt", {}, title), make("dd", {}, value));
 
-  const operators = (family) => {
+  const operators = (family, place) => {
     if (!family.operators.length) return make("p", { class: "muted" }, "No operator couples this axis with another.");
     const lines = family.operators.map(([target, module, count]) =>
-      make("tr", {}, make("td", { class: "code" }, ...breakable(target)), make("td", { class: "code muted" }, ...breakable(module || "model")), make("td", { class: "n" }, count > 1 ? `× ${number(count)}` : "")));
+      make("tr", {}, make("td", { class: "code" }, ...breakable(target)), make("td", { class: "code muted" }, ...breakable(filled(module, place) || "model")), make("td", { class: "n" }, count > 1 ? `× ${number(count)}` : "")));
     return make("table", { class: "operators" }, make("tbody", {}, ...lines));
   };
 
@@ -161,7 +161,7 @@
       make("h3", {}, "Members"),
       make("div", { class: "unit" }, make("label", { for: "unit" }, "Unit ", words), slider, make("p", { class: "muted" }, `A unit is ${family.unit}. ${note}`)),
       make("ul", { class: "members" }, ...items.map(([item]) => item)),
-      make("h3", {}, "Operators that couple them"), operators(family));
+      make("h3", {}, "Operators that couple them"), operators(family, place));
     show();
     return content;
   };
