@@ -70,8 +70,17 @@ def test_rows_are_those_of_the_groups(llama: Traced) -> None:
     assert json.loads(json.dumps(document)) == document
 
 
+def centred() -> Traced:
+    """A residual width that stays, so that parameters lie in prunable units in part."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_inner": 40, "n_positions": 32}
+    torch.manual_seed(0)
+    return traced(GPT2LMHeadModel(GPT2Config(vocab_size=61, bos_token_id=1, eos_token_id=2, **sizes)).eval())
+
+
 def test_prunable_elements_are_counted_once(llama: Traced, adapted: Traced) -> None:
-    for case in (llama, adapted):
+    for case in (llama, adapted, centred()):
         elements = group_document(case.groups, "tiny")["elements"]
         covered = {
             name: np.zeros(value.shape, dtype=bool)
