@@ -47,6 +47,36 @@ def options(
 
 
 @app.command()
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(help="A transformers folder, a config.json alone, a hub id, demo, or a .onnx file."),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Where to write the pages and pictures of the groups.")
+    ] = Path("groups"),
+    certified: Annotated[
+        bool, typer.Option("--certify", help="Prove the groups on the model's weights; reads them.")
+    ] = False,
+) -> None:
+    """Show a model's node groups: what must be pruned together, what may go, and why the rest may not."""
+    from rich.console import Console
+
+    from graphprune.pipeline.inspect import inspect as inspect_model
+    from graphprune.pipeline.quiet import quieten
+    from graphprune.report.terminal import certificate_line, groups_table
+
+    quieten()
+    console = Console()
+    found = inspect_model(model, output, certified=certified)
+    console.print(groups_table(found.document), highlight=False)
+    if found.certificate is not None:
+        console.print(certificate_line(found.certificate), highlight=False)
+    console.print(f"\nThe page is {output / 'groups.html'}", markup=False, highlight=False, soft_wrap=True)
+    found.raise_if_nothing_is_prunable()
+
+
+@app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The run folder; a run in it is resumed.")],

@@ -15,11 +15,12 @@ from graphprune.pipeline.progress import Reporter
 from graphprune.pipeline.session import Session
 from graphprune.pipeline.summary import report_stage
 from graphprune.recipe import dump_recipe, load_recipe
+from graphprune.report.group_files import GROUP_FILES
 from graphprune.report.schema import Report, read_report
 
 # What a later stage or the user reads: a stage whose files are gone is done again.
 OUTPUTS = {
-    "trace": ("graph/groups.json",),
+    "trace": tuple(f"graph/{name}" for name in GROUP_FILES),
     "certify": ("graph/certificate.json",),
     "prune": ("plan.json", "training/metrics.jsonl", "model/config.json", "model/model.safetensors"),
     "quantize": ("quant/quant.json", "quant/quant.safetensors"),

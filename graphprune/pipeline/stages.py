@@ -23,6 +23,8 @@ from graphprune.prune.precision import use_bfloat16
 from graphprune.prune.progressive import prune_progressively, unit_scores
 from graphprune.prune.training import Row
 from graphprune.recover.recovery import recover
+from graphprune.report.group_document import group_document
+from graphprune.report.group_files import write_groups
 from graphprune.shrink.config import fit_config
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
@@ -41,11 +43,10 @@ def trace_stage(session: Session) -> str:
     """Trace the model with adapters attached and write its node groups."""
     with session.reporter.task("torch.export and coupling analysis"):
         groups = session.groups
-    rows = groups.rows()
-    write_json(session.path("graph/groups.json"), {"schema": "graphprune.groups/1", "groups": rows})
+    write_groups(group_document(groups, session.inputs.source.name), session.path("graph"))
     session.folder.remember(parameters=_count(session))
-    prunable = sum(row["prunable"] for row in rows)
-    return f"{len(groups.graph.operators)} operators, {len(rows)} node groups, {prunable} prunable"
+    prunable = sum(group.prunable for group in groups.values())
+    return f"{len(groups.graph.operators)} operators, {len(groups)} node groups, {prunable} prunable"
 
 
 def certify_stage(session: Session) -> str:

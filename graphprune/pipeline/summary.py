@@ -18,8 +18,9 @@ import torch
 from graphprune.export.verify import LARGEST_KL, LEAST_TOP1, TOLERANCE, WEIGHT_TOLERANCE
 from graphprune.files import size_of, write_json
 from graphprune.pipeline.session import Session
+from graphprune.report.group_page import main_picture
 from graphprune.report.page import write_report
-from graphprune.report.pictures import group_picture, training_picture, widths_picture
+from graphprune.report.pictures import training_picture, widths_picture
 from graphprune.report.schema import Report
 
 _PACKAGES = (
@@ -44,17 +45,17 @@ def report_stage(session: Session, order: list[str], reused: list[str], command:
         reused: Stages that an earlier call had done.
         command: How to do it again.
     """
-    groups = json.loads(session.path("graph/groups.json").read_text(encoding="utf-8"))["groups"]
+    document = json.loads(session.path("graph/groups.json").read_text(encoding="utf-8"))
     metrics = [json.loads(line) for line in session.path("training/metrics.jsonl").read_text().splitlines()]
-    report = _report(session, groups, order, reused, command)
+    report = _report(session, document["groups"], order, reused, command)
     pictures = {
-        "groups": group_picture(groups, f"Node groups of one block of {report.model.name}"),
+        "groups": main_picture(document),
         "widths": widths_picture([width.model_dump() for width in report.widths]),
         "training": training_picture(metrics),
     }
     machine = {**report.environment.model_dump(), "versions": report.versions}
     write_json(session.path("environment.json"), machine)
-    paths = {"groups": "graph/groups.svg", "widths": "graph/widths.svg", "training": "training/curves.svg"}
+    paths = {"widths": "graph/widths.svg", "training": "training/curves.svg"}
     write_report(session.folder.path, report, pictures, paths)
 
 

@@ -1,220 +1,241 @@
-"""The coupling of one block: its parameters in the middle, the node groups that bind them on both sides."""
+"""The coupling of one block: its parameters in the middle, the node groups as buses on both sides."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from itertools import groupby
+from xml.sax.saxutils import escape, quoteattr
 
-from matplotlib.axes import Axes
-from matplotlib.patches import Circle, FancyBboxPatch, PathPatch
-from matplotlib.path import Path
+from graphprune.report.block import Bond, block_of
+from graphprune.report.bus_layout import (
+    CAPTION,
+    CARD,
+    INSET,
+    LINE,
+    MARGIN,
+    NAME,
+    OUTSET,
+    SHAPE,
+    Bus,
+    Frame,
+    Picture,
+    PlacedBox,
+    Stop,
+    box_text,
+    lay_out,
+    shape_text,
+)
+from graphprune.report.group_document import Document
+from graphprune.report.kinds import look_of
+from graphprune.report.svg import FILL, INK, MUTED, PAPER, legible
+from graphprune.report.svg import LINE as RULE
 
-from graphprune.report.block import Block, Bond, block_of
-from graphprune.report.svg import FILL, INK, LINE, MUTED, PAPER, colours, drawing, legible, to_svg
-
-# Inches. The page shows the picture about 9 inches wide, so a point here is nearly a point there.
-_WIDTH, _ROW, _GAP, _PORT, _CIRCLE, _PITCH = 10.0, 0.44, 0.16, 0.14, 0.36, 1.5
-_LEFT, _BOX_LEFT, _BOX_RIGHT, _RIGHT = 1.35, 3.35, 6.65, 8.65
-_TOP, _LEGEND_ROW = 0.85, 0.23
-# Not the paper's white, which turns dark where the reader prefers dark pages.
-_ON_COLOUR = "#fefefe"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Layout:
-    """Where things stand, in inches from the top left corner."""
-
-    boxes: dict[str, float]
-    circles: dict[str, tuple[float, float]]
-    ports: dict[tuple[float, str, int], float]
-    bottom: float
+_SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
+_MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
+_EXPLANATION = (
+    "A vertical line is a node group: a unit leaves every parameter on its line, or none. "
+    "Solid: may go. Dashed: stays."
+)
+_ARROWS = (
+    "Small numbers are axes. An arrow into a parameter: it is summed over that axis; "
+    "out of it: its result lies along it."
+)
+_DARK = {"ink": "#e6edf3", "muted": "#9aa3ad", "rule": "#434c56", "fill": "#1b2128", "paper": "#12161b"}
+_FIXED = {"ink": INK, "muted": MUTED, "rule": RULE, "fill": FILL, "paper": PAPER}
 
 
-def group_picture(groups: Sequence[Mapping[str, Any]], title: str, *, block: int | None = None) -> str:
-    """Draw the group graph of one block as SVG; an empty string if there is no group.
+def group_picture(document: Document, title: str, *, block: str | None = None) -> str:
+    """Draw one block as SVG; an empty string if there is no group.
+
+    A vertical line is a node group. Where it meets a box, the axis of that parameter is made of the group's units,
+    so that a unit leaves all boxes on its line or none.
 
     Args:
-        groups: Rows of ``groups.json``; those of several blocks may be given.
+        document: The groups, as ``groups.json`` holds them.
         title: Shown above the picture.
-        block: The block to draw; the first one by default. Groups that belong to no block (a hidden dimension
-            that runs through the model) are drawn with their members in this block.
+        block: The path of the block, such as ``model.layers.3``; by default the first of the most frequent ones.
+            What belongs to no block (embeddings, the last norm) is drawn before and after it.
     """
-    drawn = block_of(groups, block)
+    drawn = block_of(document, block)
     if not drawn.bonds:
         return ""
-    paint = colours([bond.kind for bond in drawn.bonds])
-    layout, legend = _layout(drawn), _legend(drawn)
-    height = layout.bottom + 0.3 + _LEGEND_ROW * len(legend) + 0.2
-    with drawing("groups", width=_WIDTH, height=height) as figure:
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set(xlim=(0, _WIDTH), ylim=(height, 0))
-        axes.axis("off")
-        _text(axes, 0.3, 0.4, title, size=11, weight="bold")
-        for bond in drawn.bonds:
-            _draw_edges(axes, bond, layout, paint[bond.kind])
-        for label in drawn.parameters:
-            _draw_box(axes, label, layout)
-        for bond in drawn.bonds:
-            _draw_circle(axes, bond, layout.circles[bond.name], paint[bond.kind])
-        _draw_legend(axes, legend, layout.bottom + 0.3, paint)
-        return to_svg(figure, name="groups", description=title)
+    picture = lay_out(drawn)
+    kinds = dict.fromkeys(bond.kind for bond in drawn.bonds)
+    size = f"{picture.width:.0f} {picture.height:.0f}"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="node-groups" viewBox="0 0 {size}" role="img" '
+        f'width="{picture.width:.0f}" height="{picture.height:.0f}" aria-label={quoteattr(legible(title))}>',
+        f"<style>{_style(kinds)}</style>",
+        f'<rect class="paper-fill" width="100%" height="100%" fill="{PAPER}"/>',
+        _text(MARGIN, 36, title, size=17, weight=650),
+        _text(MARGIN, 57, _EXPLANATION, size=12, tone="muted"),
+        *(_frame(frame, picture) for frame in sorted(picture.frames, key=lambda frame: frame.inner)),
+        *(_bus(bus, picture) for bus in picture.buses),
+        *(_box(placed, picture) for placed in picture.boxes),
+        _text(MARGIN, picture.height - 18, _ARROWS, size=11, tone="muted"),
+        "</svg>",
+    ]
+    return "\n".join(parts)
 
 
-def _layout(block: Block) -> _Layout:
-    boxes, sides = _stack(block.parameters), _sides(block)
-    stacked = max(boxes.values()) + _ROW / 2 - _TOP
-    depth = max(stacked, *(_PITCH * len(bonds) - 0.2 for bonds in sides.values()))
-    boxes = {label: place + (depth - stacked) / 2 for label, place in boxes.items()}
-    circles: dict[str, tuple[float, float]] = {}
-    ends: dict[tuple[float, str], set[int]] = {}
-    for x, bonds in sides.items():
-        wanted = {bond.name: sum(boxes[label] for label, _ in bond.ends) / len(bond.ends) for bond in bonds}
-        places = _spread(wanted, first=_TOP + _CIRCLE, last=_TOP + depth - 0.9)
-        circles |= {name: (x, place) for name, place in places.items()}
-        side = _BOX_LEFT if x == _LEFT else _BOX_RIGHT
-        for label, axis in (end for bond in bonds for end in bond.ends):
-            ends.setdefault((side, label), set()).add(axis)
-    ports = {
-        (side, label, axis): boxes[label] + _PORT * (row - (len(taken) - 1) / 2)
-        for (side, label), taken in ends.items()
-        for row, axis in enumerate(sorted(taken))
-    }
-    return _Layout(boxes=boxes, circles=circles, ports=ports, bottom=_TOP + depth)
+def _style(kinds: Iterable[str]) -> str:
+    """Return what repaints the picture on dark pages; the light colours stand in the elements themselves."""
+    dark = [f".node-groups .{tone}-fill {{ fill: {colour} }}" for tone, colour in _DARK.items()]
+    dark += [f".node-groups .{tone}-line {{ stroke: {colour} }}" for tone, colour in _DARK.items()]
+    for kind in kinds:
+        name, colour = _class(kind), look_of(kind).dark
+        dark += [
+            f".node-groups .{name}-fill {{ fill: {colour} }}",
+            f".node-groups .{name}-line {{ stroke: {colour} }}",
+        ]
+    return f"@media (prefers-color-scheme: dark) {{ {' '.join(dark)} }}"
 
 
-def _stack(labels: Sequence[str]) -> dict[str, float]:
-    """Return the middle of each box, from top to bottom, a little apart where another module begins."""
-    boxes: dict[str, float] = {}
-    y, module = _TOP, labels[0].partition(".")[0]
-    for label in labels:
-        if label.partition(".")[0] != module:
-            module = label.partition(".")[0]
-            y += _GAP
-        boxes[label] = y + _ROW / 2
-        y += _ROW
-    return boxes
+def _class(kind: str) -> str:
+    return "kind-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in kind)
 
 
-def _sides(block: Block) -> dict[float, list[Bond]]:
-    """Return the groups by column: those that run through the model left, those of the block right."""
-    left = [bond for bond in block.bonds if not bond.local]
-    right = [bond for bond in block.bonds if bond.local]
-    if not left or not right:
-        widest = max(block.bonds, key=lambda bond: len(bond.ends))
-        left, right = [widest], [bond for bond in block.bonds if bond is not widest]
-    return {_LEFT: left, _RIGHT: right}
-
-
-def _spread(wanted: dict[str, float], first: float, last: float) -> dict[str, float]:
-    """Return places near the wanted ones, in their order, at least a pitch apart."""
-    places = dict(sorted(wanted.items(), key=lambda item: item[1]))
-    least = first
-    for name in places:
-        places[name] = max(places[name], least)
-        least = places[name] + _PITCH
-    most = last
-    for name in reversed(places):
-        places[name] = min(places[name], most)
-        most = places[name] - _PITCH
-    return places
-
-
-def _draw_edges(axes: Axes, bond: Bond, layout: _Layout, colour: str) -> None:
-    x, y = layout.circles[bond.name]
-    side = _BOX_LEFT if x < _BOX_LEFT else _BOX_RIGHT
-    start = x + (_CIRCLE if side == _BOX_LEFT else -_CIRCLE)
-    bend = 0.55 * (side - start)
-    for label, axis in bond.ends:
-        end = layout.ports[side, label, axis]
-        points = [(start, y), (start + bend, y), (side - bend, end), (side, end)]
-        curve = Path(points, [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
-        line = "-" if bond.prunable else (0, (4, 2))
-        axes.add_patch(PathPatch(curve, fill=False, linewidth=1.3, edgecolor=colour, linestyle=line))
-
-
-def _draw_box(axes: Axes, label: str, layout: _Layout) -> None:
-    y, height, width = layout.boxes[label], _ROW - 0.1, _BOX_RIGHT - _BOX_LEFT
-    corner, shape = (_BOX_LEFT, y - height / 2), "round,pad=0,rounding_size=0.06"
-    axes.add_patch(
-        FancyBboxPatch(corner, width, height, boxstyle=shape, facecolor=FILL, edgecolor=LINE, linewidth=0.8)
+def _frame(frame: Frame, picture: Picture) -> str:
+    out = INSET if frame.inner else OUTSET
+    x, width, height = picture.left - out, picture.right - picture.left + 2 * out, frame.bottom - frame.top
+    fill, name = (FILL, "fill") if not frame.inner else ("none", "")
+    shape = (
+        f'<rect class="{f"{name}-fill " if name else ""}rule-line" x="{x:.1f}" y="{frame.top:.1f}" '
+        f'width="{width:.1f}" height="{height:.1f}" rx="{6 if frame.inner else 12}" fill="{fill}" stroke="{RULE}"/>'
     )
-    _text(axes, (_BOX_LEFT + _BOX_RIGHT) / 2, y, label, most=32, anchor="center")
-    for (side, owner, axis), port in layout.ports.items():
-        if owner == label:
-            x, anchor = (side + 0.08, "left") if side == _BOX_LEFT else (side - 0.08, "right")
-            _text(axes, x, port, f"axis {axis}", size=6.5, colour=MUTED, anchor=anchor)
-
-
-def _draw_circle(axes: Axes, bond: Bond, place: tuple[float, float], colour: str) -> None:
-    x, y = place
-    axes.add_patch(
-        Circle(
-            place,
-            _CIRCLE,
-            facecolor=colour if bond.prunable else PAPER,
-            edgecolor=colour,
-            linewidth=1.6,
-            linestyle="-" if bond.prunable else (0, (3, 2)),
+    if frame.inner:
+        return shape + _text(
+            picture.left, frame.top + CAPTION - 7, frame.caption, size=11, tone="muted", mono=True
         )
+    return shape + _text(
+        picture.left - INSET, frame.top + CAPTION - 5, frame.caption, size=12, weight=650, mono=True
     )
-    inside = _ON_COLOUR if bond.prunable else INK
-    _text(axes, x, y, f"{bond.size:,}", size=10, weight="bold", colour=inside, anchor="center")
-    many = f"  × {bond.copies}" if bond.copies > 1 else ""
-    lines = [f"{bond.parameters_per_unit:,} parameters a unit"]
-    if bond.elsewhere:
-        lines.append(f"+ {bond.elsewhere:,} members elsewhere")
-    _text(axes, x, y + _CIRCLE + 0.16, legible(bond.label, 32) + many, weight="bold", anchor="center")
-    for row, line in enumerate(lines):
-        _text(axes, x, y + _CIRCLE + 0.34 + 0.16 * row, line, size=7.5, colour=MUTED, anchor="center")
 
 
-def _legend(block: Block) -> list[tuple[Bond | None, str]]:
-    """Return the lines of the legend: a bond whose circle to show, or None to go on with the text above."""
-    lines: list[tuple[Bond | None, str]] = []
-    shown: set[tuple[str, str | None]] = set()
-    for bond in block.bonds:
-        reason = None if bond.prunable else (bond.reason or "no reason given")
-        if (bond.kind, reason) in shown:
-            continue
-        shown.add((bond.kind, reason))
-        text = f"{bond.kind}: prunable" if reason is None else f"{bond.kind}: not prunable, {reason}"
-        wrapped = textwrap.wrap(legible(text), 118, max_lines=3, placeholder=" …")
-        lines += [(bond if row == 0 else None, line) for row, line in enumerate(wrapped)]
-    return lines
+def _box(placed: PlacedBox, picture: Picture) -> str:
+    width = picture.right - picture.left
+    box, middle = placed.box, placed.top + placed.height / 2 + 4
+    shape = shape_text(box.shape)
+    room = int((width - 58 - SHAPE * len(shape)) / NAME)
+    label = legible(box_text(box))
+    if len(label) > room:
+        label = "…" + label[len(label) - room + 1 :]
+    ports = [_ports(placed, bus_side, picture) for bus_side in ("left", "right")]
+    return (
+        f'<g class="box" data-box="{picture.number_of(box.name)}">'
+        f"<title>{escape(legible(box.name))}, {shape}</title>"
+        f'<rect class="paper-fill rule-line" x="{picture.left:.1f}" y="{placed.top:.1f}" width="{width:.1f}" '
+        f'height="{placed.height:.1f}" rx="5" fill="{PAPER}" stroke="{RULE}"/>'
+        + _text(picture.left + 22, middle, label, size=12, mono=True)
+        + _text(picture.right - 22, middle, shape, size=11, tone="muted", mono=True, anchor="end")
+        + "".join(ports)
+        + "</g>"
+    )
 
 
-def _draw_legend(axes: Axes, lines: list[tuple[Bond | None, str]], top: float, paint: dict[str, str]) -> None:
-    for row, (bond, line) in enumerate(lines):
-        y = top + _LEGEND_ROW * row
-        if bond is not None:
-            face = paint[bond.kind] if bond.prunable else PAPER
-            axes.add_patch(Circle((0.42, y), 0.07, facecolor=face, edgecolor=paint[bond.kind], linewidth=1.3))
-        _text(axes, 0.62, y, line, size=8, colour=INK)
+def _ports(placed: PlacedBox, side: str, picture: Picture) -> str:
+    """Return a tag with its number for each axis that a group on this side meets."""
+    stops = sorted(
+        (stop.end.axis, stop.y)
+        for bus in picture.buses
+        if bus.side == side
+        for stop in bus.stops
+        if stop.end.box == placed.box.name
+    )
+    tags = []
+    for axis, met in groupby(stops, key=lambda stop: stop[0]):
+        heights = [y for _, y in met]
+        x = picture.left + 9 if side == "left" else picture.right - 9
+        tags.append(
+            _text(x, sum(heights) / len(heights) + 3.5, str(axis), size=9.5, tone="muted", anchor="middle")
+        )
+    return "".join(tags)
+
+
+def _bus(bus: Bus, picture: Picture) -> str:
+    bond, paint = bus.bond, _Paint(bus.bond)
+    low, high = bus.span
+    verdict = "prunable" if bond.prunable else f"not prunable: {bond.reason}"
+    words = legible(f"{bond.name}: {bond.size:,} units, {verdict}")
+    edge, sign = (MARGIN + CARD, -1) if bus.side == "left" else (picture.width - MARGIN - CARD, 1)
+    numbers = sorted({str(picture.number_of(stop.end.box)) for stop in bus.stops})
+    near, card = edge - 18 * sign, bus.card + LINE - 4
+    line = 'stroke-width="1.2" stroke-dasharray="1 3"' if bond.bundle else f'stroke-width="4"{paint.dash}'
+    return (
+        f'<g class="group" data-group={quoteattr(legible(bond.name))} '
+        f'data-boxes="{" ".join(numbers)}"><title>{escape(words)}</title>'
+        f'<path {paint.line} stroke-opacity="0.75" d="M{bus.x:.1f} {bus.leader:.1f}H{near:.1f}'
+        f'C{near + 10 * sign:.1f} {bus.leader:.1f} {edge - 10 * sign:.1f} {card:.1f} {edge:.1f} {card:.1f}"/>'
+        f'<path {paint.line} {line} stroke-linecap="round" d="M{bus.x:.1f} {low:.1f}V{high:.1f}"/>'
+        f"{''.join(_stop(stop, bus, picture, paint) for stop in bus.stops)}{_card(bus, edge, paint)}</g>"
+    )
+
+
+class _Paint:
+    """How a group is drawn: in its kind's colour, dashed and hollow if it stays."""
+
+    def __init__(self, bond: Bond) -> None:
+        colour, name = look_of(bond.kind).light, _class(bond.kind)
+        hollow = not bond.prunable
+        self.line = f'class="{name}-line" stroke="{colour}" fill="none"'
+        self.fill = f'class="{name}-fill" fill="{colour}"'
+        self.dash = ' stroke-dasharray="5 4"' if hollow else ""
+        inside = f'fill="{PAPER}"' if hollow else f'fill="{colour}"'
+        self.dot = f'class="{"paper" if hollow else name}-fill {name}-line" {inside} stroke="{colour}"'
+
+
+def _stop(stop: Stop, bus: Bus, picture: Picture, paint: _Paint) -> str:
+    """Return the line from a bus to a box: an arrow into the box if it reads, out of it if it writes.
+
+    A shared buffer, which stays whole while the group reads a part of it, hangs on a dotted line.
+    """
+    dash = ' stroke-dasharray="1.6 3.4"' if stop.end.side == "selected" else paint.dash
+    box, sign = (picture.left, 1) if bus.side == "left" else (picture.right, -1)
+    parts = [
+        f'<path {paint.line} stroke-width="1.6"{dash} d="M{bus.x:.1f} {stop.y:.1f}H{box:.1f}"/>',
+        f'<circle {paint.dot} cx="{bus.x:.1f}" cy="{stop.y:.1f}" r="4" stroke-width="1.6"/>',
+    ]
+    if stop.end.side in ("consumes", "produces"):
+        tip, back = (
+            (box - sign, box - 8 * sign) if stop.end.side == "consumes" else (box - 8 * sign, box - sign)
+        )
+        parts.append(
+            f'<path {paint.fill} d="M{tip:.1f} {stop.y:.1f}L{back:.1f} {stop.y - 3.6:.1f}V{stop.y + 3.6:.1f}Z"/>'
+        )
+    return "".join(parts)
+
+
+def _card(bus: Bus, edge: float, paint: _Paint) -> str:
+    left = bus.side == "left"
+    text, anchor = (edge - 12, "end") if left else (edge + 12, "start")
+    head, *rest = bus.lines
+    lines = [_text(text, bus.card + LINE, head, size=13, weight=650, anchor=anchor)]
+    lines += [
+        _text(text, bus.card + LINE * (row + 2), line, size=11.5, tone="muted", anchor=anchor)
+        for row, line in enumerate(rest)
+    ]
+    return (
+        f'<rect x="{edge - (CARD if left else 0):.1f}" y="{bus.card:.1f}" width="{CARD:.1f}" '
+        f'height="{bus.card_height:.1f}" fill="none" pointer-events="all"/>'
+        f'<path {paint.line} stroke-width="4"{paint.dash} '
+        f'd="M{edge:.1f} {bus.card + 2:.1f}v{bus.card_height - 4:.1f}"/>' + "".join(lines)
+    )
 
 
 def _text(
-    axes: Axes,
     x: float,
     y: float,
     text: str,
     *,
-    size: float = 8.5,
-    weight: str = "normal",
-    colour: str = INK,
-    anchor: str = "left",
-    most: int | None = None,
-) -> None:
-    """Write one line; names are data, so a dollar sign in them is no formula."""
-    axes.text(
-        x,
-        y,
-        legible(text, most),
-        fontsize=size,
-        fontweight=weight,
-        color=colour,
-        horizontalalignment=anchor,
-        verticalalignment="center",
-        parse_math=False,
+    size: float,
+    weight: int = 400,
+    tone: str = "ink",
+    mono: bool = False,
+    anchor: str = "start",
+) -> str:
+    font = _MONO if mono else _SANS
+    where = "" if anchor == "start" else f' text-anchor="{anchor}"'
+    return (
+        f'<text class="{tone}-fill" x="{x:.1f}" y="{y:.1f}" font-family="{font}" font-size="{size}" '
+        f'font-weight="{weight}" fill="{_FIXED[tone]}"{where}>{escape(legible(text))}</text>'
     )

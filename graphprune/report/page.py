@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from graphprune.errors import RunFolderError
 from graphprune.files import write_text
@@ -27,8 +27,7 @@ def render_report(report: Report, pictures: Mapping[str, str]) -> str:
             ``widths`` and ``training`` stand beside their tables, others at the end.
     """
     drawn = {name: svg[svg.index("<svg") :] for name, svg in pictures.items() if svg}
-    template = _environment().get_template("report.html.j2")
-    return template.render(
+    return template("report.html.j2").render(
         report=report,
         rows=summary.before_after(report),
         verdict=summary.verdict(report),
@@ -70,6 +69,11 @@ def write_report(
     page = render_report(report, pictures)
     write_report_json(report, folder / "report.json")
     write_text(folder / "report.html", page)
+
+
+def template(name: str) -> Template:
+    """Return a template of a page; it escapes what it shows."""
+    return _environment().get_template(name)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The report's pictures as SVG: the group graph of a block, the widths of all layers, the training."""
+"""The report's pictures as SVG: the widths of all layers, the training."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from graphprune.report.group_picture import group_picture
 from graphprune.report.schema import Width
 from graphprune.report.svg import FILL, LINE, MUTED, colours, drawing, legible, to_svg
-
-__all__ = ["group_picture", "training_picture", "widths_picture"]
 
 # A curve is drawn as at most this many means, with the range around them, whatever the number of steps.
 _POINTS = 120

@@ -40,7 +40,8 @@ def test_every_file_that_is_promised_is_there(finished):
     folder, _ = finished
     expected = """
         run.json recipe.input.yaml recipe.yaml environment.json log.txt plan.json report.html
-        report.json graph/groups.json graph/groups.svg graph/widths.svg graph/certificate.json
+        report.json graph/groups.json graph/groups.svg graph/groups.html graph/groups.graphml
+        graph/widths.svg graph/certificate.json
         training/metrics.jsonl training/curves.svg model/config.json model/model.safetensors
         model/tokenizer.json model/graphprune.json model/README.md adapter/adapter_config.json
         adapter/adapter_model.safetensors adapter/graphprune.json quant/quant.safetensors

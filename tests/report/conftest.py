@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+from group_documents import document_of, make_groups
 
 from graphprune.report.schema import Report
 
@@ -214,74 +215,6 @@ def summary(kind: str, count: int, size: int, members: int, each: int, reason: s
     }
 
 
-def group(
-    name: str,
-    kind: str,
-    size: int,
-    block: int | None,
-    members: list[tuple[str, int]],
-    reason: str | None,
-    each: int,
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "kind": kind,
-        "size": size,
-        "block": block,
-        "prunable": reason is None,
-        "reason": reason,
-        "parameters_per_unit": each,
-        "members": [{"parameter": p, "axis": axis, "size": size, "per_unit": 1} for p, axis in members],
-    }
-
-
-def make_groups(layers: int = LAYERS) -> list[dict[str, Any]]:
-    hidden, head_dim, rows = [("model.embed_tokens.weight", 1)], [("model.rotary_emb.inv_freq", 0)], []
-    for layer in range(layers):
-        at = f"model.layers.{layer}"
-        q, k, v, o = (f"{at}.self_attn.{name}_proj.weight" for name in "qkvo")
-        gate, up, down = (f"{at}.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
-        hidden += [(f"{at}.input_layernorm.weight", 0), (q, 1), (k, 1), (v, 1), (o, 0)]
-        hidden += [(f"{at}.post_attention_layernorm.weight", 0), (gate, 1), (up, 1), (down, 0)]
-        head_dim += [(q, 0), (k, 0)]
-        rows += [
-            group(
-                f"{at}.self_attn:attention_heads",
-                "attention_heads",
-                3,
-                layer,
-                [(q, 0), (k, 0), (v, 0), (o, 1)],
-                None,
-                294912,
-            ),
-            group(
-                f"{at}.self_attn:query_heads",
-                "query_heads",
-                3,
-                layer,
-                [(q, 0), (o, 1)],
-                "kept by the recipe",
-                73728,
-            ),
-            group(f"{at}.self_attn:head_dim", "head_dim", 64, layer, [(v, 0), (o, 1)], None, 6912),
-            group(
-                f"{at}.mlp:ffn",
-                "ffn",
-                1536,
-                layer,
-                [(gate, 0), (up, 0), (down, 1)],
-                None,
-                1728,
-            ),
-        ]
-    reason = "rotary pairs are coupled in all layers; kept by the recipe"
-    return [
-        group("model:hidden", "hidden", 576, None, hidden, "kept by the recipe", 233472),
-        group("model.layers:head_dim", "head_dim", 64, None, head_dim, reason, 61440),
-        *rows,
-    ]
-
-
 def make_metrics(prune: int = 400, recover: int = 200) -> list[dict[str, Any]]:
     draw, rows, target = random.Random(3), [], 15_390
     for step in range(prune):
@@ -310,8 +243,8 @@ def report() -> Report:
 
 
 @pytest.fixture(scope="session")
-def group_rows() -> list[dict[str, Any]]:
-    return make_groups()
+def document() -> dict[str, Any]:
+    return document_of(make_groups(), "SmolLM2-135M-Instruct")
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from group_documents import document_of, group, make_groups
+from rich.console import Console, RenderableType
 
 from graphprune.report.schema import Report
-from graphprune.report.terminal import summary_table
+from graphprune.report.terminal import groups_table, summary_table
 
 
-def printed(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=120, color_system=None)
+def printed(table: RenderableType, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -49,3 +49,22 @@ def test_table_says_what_fails_and_what_was_not_judged(data: dict[str, Any]) -> 
 def test_a_name_is_no_console_markup(data: dict[str, Any]) -> None:
     data["model"]["name"] = "[red]model[/red] [/]"
     assert "[red]model[/red] [/]" in printed(summary_table(Report.model_validate(data)))
+
+
+def test_groups_of_all_blocks_are_one_row() -> None:
+    text = printed(groups_table(document_of(make_groups(30), "A model")), width=80)
+    lines = text.splitlines()
+    ffn = next(line for line in lines if line.split()[:1] == ["ffn"])
+    assert ffn.split() == ["ffn", "mlp", "×", "30", "1,536", "1,728", "yes"]
+    assert sum("× 30" in line for line in lines) == 4
+    assert lines[0].strip() == "A model"
+    assert "122 node groups, 90 prunable; 25.0 % of 1,000 parameters lie in units" in " ".join(text.split())
+
+
+def test_every_reason_stands_below_the_table_under_its_number() -> None:
+    reasons = ["opaque [red]operator[/]", "a lookup reads its rows by number"]
+    rows = [group(f"g{i}:ffn", "ffn", 8, None, [(f"g{i}.w", 0)], reason) for i, reason in enumerate(reasons)]
+    lines = [line.split() for line in printed(groups_table(document_of(rows)), width=80).splitlines()]
+    assert [line[-2:] for line in lines if line[:1] == ["ffn"]] == [["no", "(1)"], ["no", "(2)"]]
+    for number, reason in enumerate(reasons, start=1):
+        assert [f"({number})", *reason.split()] in lines
