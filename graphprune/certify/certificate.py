@@ -161,7 +161,11 @@ class _Trial:
         selected = resize(self._program, self._groups, kept)
         try:
             outputs = selected(self._selected(kept), self._inputs)
-        except (RuntimeError, IndexError, ValueError):  # shapes that no longer fit each other: the groups are wrong
+        except (
+            RuntimeError,
+            IndexError,
+            ValueError,
+        ):  # shapes that no longer fit each other: the groups are wrong
             return float("inf")
         return _error(outputs, expected)
 

@@ -49,6 +49,7 @@ def _forbid(sizes: Sizes, node: fx.Node) -> None:
     shape[dim] = -1
     with graph.inserting_before(node):
         score = graph.call_function(
-            torch.ops.aten.masked_fill.Scalar, (source, sizes.constant(gone.view(shape).numpy(), source), -torch.inf)
+            torch.ops.aten.masked_fill.Scalar,
+            (source, sizes.constant(gone.view(shape).numpy(), source), -torch.inf),
         )
     node.replace_input_with(source, score)

@@ -287,9 +287,7 @@ class Algebra:
 
     def _copy(self, operator: Operator, value: Value) -> None:
         made: dict[int, Layout] = {}
-        axes = [
-            self.solver.copy(axis, made) for axis in self[value]
-        ]
+        axes = [self.solver.copy(axis, made) for axis in self[value]]
         self._local[value.name] = axes
         if made:
             self.copies[operator.name, value.name] = Copy(axes, made)

@@ -44,7 +44,9 @@ def _apply(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
         return algebra.opaque(operator, f"is used in a way that its rule does not cover ({error!r})")
     outputs = result if isinstance(result, tuple) else (result,)
     if len(outputs) != len(operator.outputs):
-        return algebra.opaque(operator, f"gets {len(outputs)} results from its rule, not {len(operator.outputs)}")
+        return algebra.opaque(
+            operator, f"gets {len(outputs)} results from its rule, not {len(operator.outputs)}"
+        )
     for value, axes in zip(operator.outputs, outputs, strict=True):
         if value is not None and tuple(find(axis).size for axis in axes) != value.shape:
             sizes = tuple(find(axis).size for axis in axes)

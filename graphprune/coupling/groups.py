@@ -155,7 +155,9 @@ class NodeGroups(Mapping[str, NodeGroup]):
         """
         graph: nx.Graph[int] = nx.Graph()
         for coupling in self._algebra.solver.couplings:
-            graph.add_edge(coupling.first, coupling.second, operator=coupling.operator, relation=coupling.relation)
+            graph.add_edge(
+                coupling.first, coupling.second, operator=coupling.operator, relation=coupling.relation
+            )
         for node in graph:
             graph.nodes[node]["size"] = self._algebra.solver.layouts[node].size
         return graph

@@ -25,10 +25,11 @@ def block_what_does_not_vanish(graph: OperatorGraph, algebra: Algebra) -> None:
     targets = {operator.name: operator.target for operator in graph.operators}
     for name, operands in algebra.sums:
         known = frozenset().union(*(zero.get(value.name, frozenset()) for value, _ in operands))
-        for _, axis in operands[:1]:
-            for atom in atoms_of(axis):
-                if atom.size > 1 and atom.identity not in known:
-                    algebra.block(atom, f"{targets[name]} sums over units that are not zero when their weights are")
+        for atom in atoms_of(operands[0][1]):
+            if atom.size > 1 and atom.identity not in known:
+                algebra.block(
+                    atom, f"{targets[name]} sums over units that are not zero when their weights are"
+                )
 
 
 def _zero_units(graph: OperatorGraph, algebra: Algebra) -> dict[str, Atoms]:
@@ -65,7 +66,9 @@ def _of_result(operator: Operator, output: Value, zero: dict[str, Atoms], algebr
 
 def _product(operator: Operator, zero: dict[str, Atoms], found: list[Atoms]) -> Atoms:
     """A product is zero where a factor is, unless something is added to it."""
-    added = operator["bias"] or (operator["self"] if operator.target.startswith(("aten.addmm", "aten.baddbmm")) else None)
+    added = (
+        operator["self"] if operator.target.startswith(("aten.addmm", "aten.baddbmm")) else operator["bias"]
+    )
     if not isinstance(added, Value):
         return frozenset().union(*found)
     factors = [zero.get(v.name, frozenset()) for v in operator.inputs if v is not added]

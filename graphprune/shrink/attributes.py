@@ -37,7 +37,9 @@ class Candidate:
     in_config: bool = False
 
 
-def choices(model: nn.Module, groups: NodeGroups, kept: Mapping[str, Indices]) -> Iterator[tuple[Candidate, ...]]:
+def choices(
+    model: nn.Module, groups: NodeGroups, kept: Mapping[str, Indices]
+) -> Iterator[tuple[Candidate, ...]]:
     """Yield which attributes to change, the likeliest first: none, all, all but some, some.
 
     Args:
@@ -82,7 +84,9 @@ def _candidates(model: nn.Module, groups: NodeGroups, selection: Selection) -> l
             if isinstance(value, int) and not isinstance(value, bool) and not attribute.startswith("_"):
                 for label, (before, after) in near.items():
                     if before == value:
-                        found.setdefault((type(holder), attribute, label, in_config), []).append((path, after))
+                        found.setdefault((type(holder), attribute, label, in_config), []).append(
+                            (path, after)
+                        )
     distinct = {
         (kind, attribute, tuple(changes), in_config): None
         for (kind, attribute, _, in_config), changes in found.items()
@@ -109,7 +113,9 @@ def _is_near(module: str, weight: str) -> bool:
     return weight.startswith(prefix) and weight.removeprefix(prefix).count(".") <= 2
 
 
-def _changed_sizes(groups: NodeGroups, selection: Selection) -> dict[tuple[str, int, int, int], tuple[int, int]]:
+def _changed_sizes(
+    groups: NodeGroups, selection: Selection
+) -> dict[tuple[str, int, int, int], tuple[int, int]]:
     """Return (before, after) of every run of factors, of every segment of every axis, that changes."""
     changed: dict[tuple[str, int, int, int], tuple[int, int]] = {}
     for name, value in groups.graph.weights.items():

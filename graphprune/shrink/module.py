@@ -15,6 +15,7 @@ from graphprune.errors import ShrinkError
 from graphprune.shrink.attributes import choices, set_attributes
 from graphprune.shrink.norms import compensate_norms
 from graphprune.shrink.weights import agreed_selections, select_weight
+from graphprune.trace.graph import Value
 
 # Relative to the largest output; the graph and the module add up in different orders.
 TOLERANCE = 1e-4
@@ -121,9 +122,9 @@ def _convolution_groups(groups: NodeGroups, kept: Mapping[str, Indices]) -> dict
     found: dict[str, int] = {}
     for operator in groups.graph.operators:
         if operator.target.startswith("aten.conv") and operator["groups"] != 1:
-            weight, source = operator["weight"], operator["input"]
-            channels = operator.outputs[0] if "transpose" in operator.target else source
-            whole, of_group = groups.axes(channels.name), groups.axes(weight.name)
+            weight: Value = operator["weight"]
+            channels = operator.outputs[0] if "transpose" in operator.target else operator["input"]
+            whole, of_group = groups.axes(channels.name) if channels else None, groups.axes(weight.name)
             if whole and of_group:
                 count = len(groups.keep(whole[1 - len(weight.shape)], selection))
                 found[operator.module] = count // len(groups.keep(of_group[1], selection))
@@ -137,7 +138,15 @@ def _difference(module: nn.Module, inputs: Mapping[str, Any], expected: Tensor) 
     try:
         with torch.no_grad():
             ours = first_tensor(module(**inputs))
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+    ) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     finally:
         module.train(was_training)

@@ -102,4 +102,8 @@ def _eps(mean: Operator, beside: list[Operator]) -> float | None:
 
 def _adds_one(operator: Operator) -> bool:
     """Whether an operator adds one to something as wide as a weight: 1 + w."""
-    return operator.target.startswith("aten.add") and operator["other"] == 1 and len(operator.inputs[0].shape) == 1
+    return (
+        operator.target.startswith("aten.add")
+        and operator["other"] == 1
+        and len(operator.inputs[0].shape) == 1
+    )

@@ -134,7 +134,10 @@ def index(sizes: Sizes, node: fx.Node) -> None:
 def index_select(sizes: Sizes, node: fx.Node) -> None:
     """Renumber known indices along one axis."""
     dim = argument(node, "dim") or 0
-    axes, name = sizes.axes(node.args[0], reader=node), "index" if argument(node, "index") is not None else "indices"
+    axes, name = (
+        sizes.axes(node.args[0], reader=node),
+        "index" if argument(node, "index") is not None else "indices",
+    )
     if axes and sizes.touches(axes[dim]):
         set_argument(node, name, _renumbered(sizes, argument(node, name), axes[dim], sizes.axes(node)[dim]))
 

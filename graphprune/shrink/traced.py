@@ -56,4 +56,4 @@ def _set_weights(
                     made[id(source)] = (
                         nn.Parameter(small, source.requires_grad) if isinstance(held, nn.Parameter) else small
                     )
-                store[name] = made[id(source)]  # type: ignore[assignment]
+                store[name] = made[id(source)]

@@ -110,9 +110,7 @@ def _live(operators: list[Operator], outputs: tuple[Value, ...]) -> tuple[Operat
 def _export(model: nn.Module, inputs: dict[str, Any], open_sizes: Any) -> ExportedProgram:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(
-            model, args=(), kwargs=inputs, strict=False, dynamic_shapes=open_sizes
-        )
+        return torch.export.export(model, args=(), kwargs=inputs, strict=False, dynamic_shapes=open_sizes)
 
 
 def _open_sizes(inputs: dict[str, Any]) -> Any:
@@ -122,7 +120,7 @@ def _open_sizes(inputs: dict[str, Any]) -> Any:
         if not isinstance(item, Tensor):
             return None
         has_sequence = item.dim() > 1 and (not item.is_floating_point() or item.dim() == 3)
-        return {dim: Dim.AUTO for dim in range(2 if has_sequence else min(1, item.dim()))}
+        return dict.fromkeys(range(2 if has_sequence else min(1, item.dim())), Dim.AUTO)
 
     return tree_map(sizes, inputs)
 
@@ -171,7 +169,8 @@ def _lower_call(
     if str(node.target) in GUARDS:
         return
     if getattr(node.target, "__name__", "") == "getitem":
-        source = values.get(node.args[0].name)  # type: ignore[union-attr]
+        several: Any = node.args[0]
+        source = values.get(several.name)
         picked = source[node.args[1]] if isinstance(source, tuple) else source  # type: ignore[index]
         if picked is not None:
             values[node.name] = picked
@@ -181,9 +180,7 @@ def _lower_call(
         operators.append(_operator(node, values, known))
 
 
-def _operator(
-    node: torch.fx.Node, values: dict[str, _Lowered], known: Mapping[str, Tensor]
-) -> Operator:
+def _operator(node: torch.fx.Node, values: dict[str, _Lowered], known: Mapping[str, Tensor]) -> Operator:
     arguments = {name: _lower(argument, values) for name, argument in _by_schema(node).items()}
     example = node.meta["val"]
     if isinstance(example, Tensor):

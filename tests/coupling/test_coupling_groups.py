@@ -104,7 +104,7 @@ def test_why_names_the_operators_between_two_axes(llama, first, second, operator
 def test_why_of_what_nothing_couples_says_so(llama):
     with pytest.raises(CouplingError, match="nothing couples"):
         llama.groups.why("model.layers.0.mlp.gate_proj.weight:0", "model.layers.1.mlp.gate_proj.weight:0")
-    with pytest.raises(CouplingError, match="there is no axis 'model.nothing:0'"):
+    with pytest.raises(CouplingError, match=r"there is no axis 'model\.nothing:0'"):
         llama.groups.why("model.nothing:0", "model.layers.1.mlp.gate_proj.weight:0")
 
 

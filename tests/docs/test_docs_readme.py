@@ -35,7 +35,7 @@ def test_the_rule_that_the_readme_shows_registers():
         exec("import graphprune as gp\n" + code, {})
         assert registry.rule_for("mylib.scale_rows.default") is not None
     finally:
-        registry._RULES.pop("mylib.scale_rows.default", None)
+        registry._ENTRIES.pop("mylib.scale_rows.default", None)
 
 
 def test_the_snippet_of_quant_runs(tmp_path, monkeypatch, capsys):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from graphprune.errors import TraceError
-from graphprune.trace.model import trace
 from graphprune.trace.graph import Value
+from graphprune.trace.model import trace
 
 
 def test_weights_keep_the_models_names_and_shapes(llama):

@@ -106,16 +106,16 @@ def grouped_matmul(operator: Operator, algebra: Algebra) -> Axes:
 
 
 def _letters(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
-    """Return the letters of each operand and of the result; the axes of an ellipsis become ``.0``, ``.1``, …"""
+    """Return the letters of each operand and of the result; axes of an ellipsis become ``.1``, ``.2`` and so on."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    inputs = [_expanded(term, rank - len(term.replace("...", ""))) for term, rank in zip(terms, ranks, strict=True)]
+    hidden = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
+    inputs = [_expanded(term, count) for term, count in zip(terms, hidden, strict=True)]
     if arrow:
-        hidden = max((rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks) if "..." in term), default=0)
-        return inputs, _expanded(right, hidden)
+        return inputs, _expanded(right, max(hidden))
     flat = [letter for letters in inputs for letter in letters]
     once = sorted(letter for letter in set(flat) if flat.count(letter) == 1 and not letter.startswith("."))
-    return inputs, [*sorted({x for x in flat if x.startswith(".")}), *once]
+    return inputs, [*sorted({letter for letter in flat if letter.startswith(".")}, reverse=True), *once]
 
 
 def _expanded(term: str, hidden: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graphprune.coupling.algebra import Algebra, Axes
+from graphprune.coupling.layout import Layout
 from graphprune.coupling.rules.registry import rule
 from graphprune.trace.graph import Operator
 
@@ -42,22 +43,18 @@ def _convolution(operator: Operator, algebra: Algebra, produced: int, contracted
     return [*batch, result, *(algebra.ordered(size, operator.target) for size in sizes)]
 
 
-def _grouped(operator: Operator, algebra: Algebra, channels: object, produced: int, contracted: int) -> object:
+def _grouped(
+    operator: Operator, algebra: Algebra, channels: Layout, produced: int, contracted: int
+) -> Layout:
+    """Couple groups × channels of one group: axis 0 of the weight holds all channels of its side, axis 1 one group's."""
     source, weight, count = operator["input"], operator["weight"], operator["groups"]
-    total = source.shape[-len(weight.shape) + 1]
-    (groups,) = algebra.fresh([count])
-    # One weight axis holds all channels of its side, the other those of one group.
-    whole, within = (produced, contracted) if produced == 0 else (contracted, produced)
-    inner = weight.shape[whole] // count
-    (own,) = algebra.fresh([inner])
-    algebra.same(algebra[weight][whole], algebra.solver.product([groups, own]))
-    algebra.take_side(weight, whole, "produces" if whole == produced else "consumes")
-    other = algebra.solver.product([groups, algebra[weight][within]])
-    algebra.take_side(weight, within, "produces" if within == produced else "consumes")
-    mine = other if produced == 0 else algebra[weight][whole]
-    result = algebra[weight][whole] if produced == 0 else other
+    groups, own = algebra.fresh([count, weight.shape[0] // count])
+    whole, other = algebra[weight][0], algebra.solver.product([groups, algebra[weight][1]])
+    algebra.same(whole, algebra.solver.product([groups, own]))
+    mine, result = (other, whole) if produced == 0 else (whole, other)
     algebra.same(channels, mine)
-    algebra.sum_over([(source, -len(weight.shape) + 1), (weight, contracted)])
-    if total == count and algebra[weight][contracted].size == 1:
-        algebra.take_side(weight, whole, "carries")  # depth-wise: each channel for itself
+    algebra.sum_over([(source, 1 - len(weight.shape)), (weight, contracted)])
+    if weight.shape[contracted] > 1 or contracted == 0:
+        algebra.take_side(weight, contracted, "consumes")
+        algebra.take_side(weight, produced, "produces")
     return result

@@ -7,7 +7,16 @@ from graphprune.coupling.rules.registry import rule
 from graphprune.trace.graph import Operator
 
 _PRODUCTS = ("mul", "addcmul")
-_SUMS = ("add", "sub", "rsub", "where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "masked_fill")
+_SUMS = (
+    "add",
+    "sub",
+    "rsub",
+    "where.self",
+    "where.ScalarOther",
+    "where.ScalarSelf",
+    "where.Scalar",
+    "masked_fill",
+)
 _CHOICES = ("minimum", "maximum", "min.other", "max.other", "lerp", "fmin", "fmax")
 _CASTS = (
     "to",

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from graphprune.coupling.algebra import Algebra, Axes
-from graphprune.coupling.layout import Layout
 from graphprune.coupling.rules.registry import rule
 from graphprune.trace.graph import Operator, Value
 
@@ -168,5 +167,3 @@ def _indexed(indices: Sequence[Value | None]) -> dict[int, Value]:
 def _pinned(operator: Operator, algebra: Algebra) -> Axes:
     (axes,) = algebra.opaque(operator, "with a mask picks a number of units that is not known")
     return axes
-
-

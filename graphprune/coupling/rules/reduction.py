@@ -12,7 +12,11 @@ def reduce(operator: Operator, algebra: Algebra) -> Axes:
     """Sum an axis, or take its mean: surgery keeps the mean's divisor, so a missing unit counts as zero."""
     source = operator.inputs[0]
     dims = _dims(operator)
-    if operator.target.startswith("aten.linalg_norm") and len(dims) > 1 and operator["ord"] not in (None, "fro"):
+    if (
+        operator.target.startswith("aten.linalg_norm")
+        and len(dims) > 1
+        and operator["ord"] not in (None, "fro")
+    ):
         raise ValueError("a matrix norm that is no sum of squares")
     algebra.mark([algebra[source][dim] for dim in dims], "normalised")
     for dim in dims:
@@ -24,17 +28,14 @@ def reduce(operator: Operator, algebra: Algebra) -> Axes:
 @rule("aten.any", "aten.all", "aten.count_nonzero")
 def aggregate(operator: Operator, algebra: Algebra) -> Axes:
     """Consume an axis in a way that minds a missing unit."""
-    dims = _dims(operator)
-    for dim in dims:
-        _mind(operator, algebra, dim)
-    return _without(operator, algebra, dims)
+    return _minded(operator, algebra)
 
 
 @rule("aten.var_mean", "aten.max.dim", "aten.min.dim", "aten.median.dim", "aten.mode", "aten.kthvalue")
 def aggregate_twice(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     """Consume an axis and return two results."""
-    axes = aggregate(operator, algebra)
-    return (axes, list(axes))
+    axes = _minded(operator, algebra)
+    return axes, list(axes)
 
 
 @rule("aten.argmax", "aten.argmin")
@@ -62,10 +63,13 @@ def _dims(operator: Operator) -> list[int]:
     return sorted({int(item) % rank for item in (dim if isinstance(dim, tuple) else (dim,))}) if rank else []
 
 
-def _mind(operator: Operator, algebra: Algebra, dim: int) -> None:
-    axis = algebra[operator.inputs[0]][dim]
-    algebra.mark([axis], "normalised")
-    algebra.block(axis, f"{operator.target} over this axis: a missing unit is not the same as zero")
+def _minded(operator: Operator, algebra: Algebra) -> Axes:
+    dims = _dims(operator)
+    for dim in dims:
+        axis = algebra[operator.inputs[0]][dim]
+        algebra.mark([axis], "normalised")
+        algebra.block(axis, f"{operator.target} over this axis: a missing unit is not the same as zero")
+    return _without(operator, algebra, dims)
 
 
 def _without(operator: Operator, algebra: Algebra, dims: list[int]) -> Axes:

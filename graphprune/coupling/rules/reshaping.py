@@ -39,8 +39,8 @@ def view(operator: Operator, algebra: Algebra) -> Axes:
 def transpose(operator: Operator, algebra: Algebra) -> Axes:
     """Swap two axes."""
     axes = list(algebra[operator["self"]])
-    first, second = list(operator.arguments.values())[1:3]
-    axes[first], axes[second] = axes[second], axes[first]  # type: ignore[call-overload]
+    first, second = (dim for dim in operator.arguments.values() if isinstance(dim, int))
+    axes[first], axes[second] = axes[second], axes[first]
     return axes
 
 
@@ -68,7 +68,9 @@ def permute(operator: Operator, algebra: Algebra) -> Axes:
 def move_axes(operator: Operator, algebra: Algebra) -> Axes:
     """Move some axes to other places; the others keep their order."""
     axes = algebra[operator["self"]]
-    sources, targets = (item if isinstance(item, tuple) else (item,) for item in list(operator.arguments.values())[1:])
+    sources, targets = (
+        item if isinstance(item, tuple) else (item,) for item in list(operator.arguments.values())[1:]
+    )
     taken = [int(source) % len(axes) for source in sources]  # type: ignore[arg-type]
     rest = [axis for dim, axis in enumerate(axes) if dim not in taken]
     for target, source in sorted(zip((int(t) % len(axes) for t in targets), taken)):  # type: ignore[arg-type]
@@ -95,7 +97,10 @@ def repeat(operator: Operator, algebra: Algebra) -> Axes:
     """Lay copies end to end: copies × axis."""
     source, output = operator["self"], _only(operator)
     axes = [*algebra.fresh([1] * (len(output.shape) - len(source.shape))), *algebra[source]]
-    return [_repeated(algebra, axis, size, copies_first=True) for axis, size in zip(axes, output.shape, strict=True)]
+    return [
+        _repeated(algebra, axis, size, copies_first=True)
+        for axis, size in zip(axes, output.shape, strict=True)
+    ]
 
 
 @rule("aten.repeat_interleave.self_int", vanishes="first", moves=True)
@@ -158,7 +163,7 @@ def pick(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     dim = (operator["dim"] or 0) % len(source.shape)
     axes, size = algebra[source], source.shape[dim]
     number = operator["index"]
-    if isinstance(number, Value) or isinstance(number, DynamicSize) or size > _MANY:
+    if isinstance(number, (Value, DynamicSize)) or size > _MANY:
         algebra.pin(axes[dim], f"{operator.target} reads its units by number")
     else:
         for position in range(size) if number is None else [number % size]:
