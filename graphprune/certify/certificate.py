@@ -24,6 +24,9 @@ from graphprune.shrink.resize import resize
 from graphprune.shrink.weights import named_weights, select_weight, zero_weight
 
 TOLERANCE = 1e-9
+# Beside numbers of ordinary size nothing in float64, and yet divided by itself it is one: a DoRA magnitude over the
+# norm of its row stays a number.
+ALMOST_ZERO = 1e-40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +153,8 @@ class _Trial:
         """Remove random units of `groups`; return the distance from zeroing them, and what zeroing did."""
         kept = {group.name: self._survivors(group) for group in groups}
         zeroed = {
-            name: zero_weight(name, tensor, self._groups, kept) for name, tensor in self._weights.items()
+            name: zero_weight(name, tensor, self._groups, kept, almost=ALMOST_ZERO)
+            for name, tensor in self._weights.items()
         }
         expected = forbid_choices(self._program, self._groups, kept)(zeroed, self._inputs)
         del zeroed

@@ -81,6 +81,7 @@ class Sizes:
         self._selection = selection
         self._names = {node: groups.graph.tied.get(name, name) for node, name in weight_names.items()}
         self._constants: dict[bytes, fx.Node] = {}
+        self._replaced: dict[fx.Node, fx.Node] = {}
         self._known = {
             value.name: value.content
             for read in groups.graph.operators
@@ -90,6 +91,7 @@ class Sizes:
 
     def value_name(self, node: fx.Node) -> str:
         """Return the name that the operator graph has for what a node returns."""
+        node = self._replaced.get(node, node)
         if node.target is operator.getitem:
             return f"{node.args[0].name}:{node.args[1]}"  # type: ignore[union-attr]
         return self._names.get(node.name, node.name)
@@ -141,6 +143,15 @@ class Sizes:
                 self._constants[key] = self._module.graph.get_attr(name)
             self._constants[key].meta["val"] = tensor
         return self._constants[key]
+
+    def scale(self, node: fx.Node, factor: float) -> None:
+        """Multiply what a node returns, for all its readers."""
+        graph = self._module.graph
+        with graph.inserting_after(node):
+            scaled = graph.call_function(torch.ops.aten.mul.Scalar, (node, factor))
+        scaled.meta["val"] = node.meta.get("val")
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+        self._replaced[scaled] = node
 
     def select_operands(self, node: fx.Node) -> None:
         """Let an operator read a selection of what it reads through a copy."""

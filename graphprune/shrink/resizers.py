@@ -184,7 +184,7 @@ def mean(sizes: Sizes, node: fx.Node) -> None:
     axes, dims = sizes.axes(node.args[0], reader=node), argument(node, "dim")
     averaged = [axes[dim] for dim in dims] if dims else axes
     if averaged and sizes.ratio(averaged) != 1:
-        _scale(node, sizes.ratio(averaged))
+        sizes.scale(node, sizes.ratio(averaged))
 
 
 @resizer("aten.rms_norm")
@@ -199,7 +199,7 @@ def rms_norm(sizes: Sizes, node: fx.Node) -> None:
         eps = torch.finfo(node.args[0].meta["val"].dtype).eps  # type: ignore[union-attr]
     set_argument(node, "normalized_shape", [sizes.size(axis) for axis in axes])
     set_argument(node, "eps", eps / ratio)
-    _scale(node, ratio**-0.5)
+    sizes.scale(node, ratio**-0.5)
 
 
 @resizer("aten.layer_norm")
@@ -253,11 +253,3 @@ def one_hot(sizes: Sizes, node: fx.Node) -> None:
     axes = sizes.axes(node)
     if axes and sizes.touches(axes[-1]):
         set_argument(node, "num_classes", sizes.size(axes[-1]))
-
-
-def _scale(node: fx.Node, factor: float) -> None:
-    graph = node.graph
-    with graph.inserting_after(node):
-        scaled = graph.call_function(torch.ops.aten.mul.Scalar, (node, factor))
-    scaled.meta["val"] = node.meta.get("val")
-    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)

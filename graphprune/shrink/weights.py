@@ -38,12 +38,24 @@ def select_weight(name: str, tensor: Tensor, groups: NodeGroups, kept: Mapping[s
     return tensor
 
 
-def zero_weight(name: str, tensor: Tensor, groups: NodeGroups, kept: Mapping[str, Indices]) -> Tensor:
-    """Return a weight in which everything that belongs to a removed unit is zero."""
+def zero_weight(
+    name: str, tensor: Tensor, groups: NodeGroups, kept: Mapping[str, Indices], *, almost: float = 0.0
+) -> Tensor:
+    """Return a weight in which everything that belongs to a removed unit is zero.
+
+    Args:
+        name: Qualified name, tied ones included.
+        tensor: The weight.
+        groups: The node groups.
+        kept: Units that stay, by group name.
+        almost: What to multiply with instead of zero, where a quotient of two zeros would be no number.
+    """
     for axis, indices in _changed_axes(name, groups, kept).items():
         gone = torch.ones(tensor.shape[axis], dtype=torch.bool)
         gone[torch.as_tensor(indices)] = False
-        tensor = tensor.index_fill(axis, torch.nonzero(gone).flatten().to(tensor.device), 0)
+        places = torch.nonzero(gone).flatten().to(tensor.device)
+        rest = tensor.index_select(axis, places) * almost
+        tensor = tensor.index_copy(axis, places, rest.to(tensor.dtype))
     return tensor
 
 

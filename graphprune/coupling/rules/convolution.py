@@ -46,7 +46,7 @@ def _convolution(operator: Operator, algebra: Algebra, produced: int, contracted
 def _grouped(
     operator: Operator, algebra: Algebra, channels: Layout, produced: int, contracted: int
 ) -> Layout:
-    """Couple groups × channels of one group: axis 0 of the weight holds all channels of its side, axis 1 one group's."""
+    """Couple groups × channels of one group: axis 0 of the weight holds all of its side."""
     source, weight, count = operator["input"], operator["weight"], operator["groups"]
     groups, own = algebra.fresh([count, weight.shape[0] // count])
     whole, other = algebra[weight][0], algebra.solver.product([groups, algebra[weight][1]])

@@ -18,7 +18,8 @@ def reduce(operator: Operator, algebra: Algebra) -> Axes:
         and operator["ord"] not in (None, "fro")
     ):
         raise ValueError("a matrix norm that is no sum of squares")
-    algebra.mark([algebra[source][dim] for dim in dims], "normalised")
+    if algebra.is_activation(source):
+        algebra.mark([algebra[source][dim] for dim in dims], "normalised")
     for dim in dims:
         algebra.sum_over([(source, dim)])
     return _without(operator, algebra, dims)
