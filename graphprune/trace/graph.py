@@ -102,6 +102,7 @@ class OperatorGraph:
         inputs: The model's inputs.
         weights: Parameters and buffers by qualified name; a tied parameter stands here once.
         outputs: The model's outputs.
+        states: Names of an input and an output that are one cache before and after a call: its axes may change.
         tied: Further names of a weight, each with the name it stands under in `weights`.
         program: The front end's own program, which surgery rewrites; opaque to the analysis.
     """
@@ -112,6 +113,7 @@ class OperatorGraph:
     outputs: tuple[Value, ...]
     tied: Mapping[str, str] = field(default_factory=dict)
     program: Any = field(default=None, repr=False, compare=False)
+    states: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def nx(self) -> nx.MultiDiGraph[str]:
@@ -124,6 +126,9 @@ class OperatorGraph:
             graph.add_node(node, kind="operator", target=operator.target, module=operator.module)
             for argument, content in operator.arguments.items():
                 for value in _values_in(content):
+                    if value.role == "constant":
+                        shape, dtype, role = value.shape, value.dtype, value.role
+                        graph.add_node(value.name, kind="value", shape=shape, dtype=dtype, role=role)
                     graph.add_edge(value.name, node, argument=argument)
             for position, output in enumerate(operator.outputs):
                 if output is not None:

@@ -19,6 +19,7 @@ from graphprune.trace.onnx_contrib import ContribSchema
 from graphprune.trace.onnx_roles import role_of
 from graphprune.trace.onnx_shapes import ShapeInference
 from graphprune.trace.onnx_sizes import example_sizes
+from graphprune.trace.onnx_states import states_of
 
 # Where the torch exporter writes down which module a node comes from.
 _MODULE_PATH = "pkg.torch.onnx.name_scopes"
@@ -110,6 +111,7 @@ class _Lowering:
             weights={value.name: value for value in self._values.values() if value.is_weight},
             outputs=tuple(self._values[value] for value in graph.outputs),
             program=self._model,
+            states=tuple((past.name or "", present.name or "") for past, present in states_of(graph)),
         )
 
     def _add(self, value: ir.Value, role: Role) -> Value:

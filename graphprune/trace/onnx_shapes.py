@@ -58,6 +58,7 @@ class ShapeInference:
         self.conflict: tuple[int, int] | None = None
         self._model = model
         self._sizes = sizes
+        self._uncertain: set[ir.Node] = set()
         self._stand_ins = itertools.count(_FIRST_STAND_IN, 2)
         self._opsets = {domain: version for domain, version in model.opset_imports.items() if version}
 
@@ -72,9 +73,8 @@ class ShapeInference:
             self._infer(node)
 
     def is_certain(self, node: ir.Node) -> bool:
-        """Whether the shapes of all operands and results are known."""
-        values = [value for value in (*node.inputs, *node.outputs) if value is not None and value.name]
-        return all(self.known.get(value, _UNKNOWN).certain for value in values)
+        """Whether the shapes of a node's results follow from those of its operands."""
+        return node not in self._uncertain
 
     def _infer(self, node: ir.Node) -> None:
         """Find out what is known of a node's results."""
@@ -89,6 +89,8 @@ class ShapeInference:
             found = results[position] if results and position < len(results) else None
             if found is None or not found.certain:
                 found = self._declared(output) or found or _UNKNOWN
+                if output.name and self.schema(node) is not None:
+                    self._uncertain.add(node)
             self.known[output] = found
 
     def schema(self, node: ir.Node) -> defs.OpSchema | ContribSchema | None:

@@ -55,20 +55,23 @@ class ExampleSizes:
 
         None if no symbols, or only the user's, account for the difference.
         """
-        for one, other in itertools.product(self._sums(first), self._sums(second)):
-            mine, theirs = one - other, other - one
-            for single, rest in ((mine, theirs), (theirs, mine)):
-                if len(single) == 1 and rest and not single & self.given:
-                    (symbol,) = single
-                    return self._with(symbol, sum(self.values[name] for name in rest))
-        return None
+        ways = [
+            way
+            for one, other in itertools.product(self._sums(first), self._sums(second))
+            for way in ((one - other, other - one, one & other), (other - one, one - other, one & other))
+            if len(way[0]) == 1 and way[1] and not way[0] & self.given
+        ]
+        if not ways:
+            return None
+        (symbol,), rest, shared = min(ways, key=lambda way: len(way[1]))
+        return self._with(symbol, sum(self.values[name] for name in rest), shared)
 
-    def _with(self, symbol: str, size: int) -> ExampleSizes:
-        """Set a symbol, and all that stand in the same places of other inputs with it."""
+    def _with(self, symbol: str, size: int, kept: frozenset[str]) -> ExampleSizes:
+        """Set a symbol, and all but `kept` that stand in the same places of other inputs with it."""
         alike = {
             name
             for name, places in self.places.items()
-            if places == self.places[symbol] and name not in self.given and self._deep(name)
+            if places == self.places[symbol] and name not in self.given | kept and self._deep(name)
         }
         return ExampleSizes({**self.values, **dict.fromkeys({symbol, *alike}, size)}, self.places, self.given)
 
