@@ -142,6 +142,11 @@ class OperatorGraph:
         """What each value is computed from."""
         return Dependence.of(self)
 
+    @cached_property
+    def state_names(self) -> frozenset[str]:
+        """Names of all inputs and outputs that are caches."""
+        return frozenset(name for pair in self.states for name in pair)
+
     def names_of(self, weight: str) -> tuple[str, ...]:
         """Return every qualified name under which the model holds `weight`, the graph's own first."""
         return (weight, *sorted(name for name, canonical in self.tied.items() if canonical == weight))

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 from onnx import AttributeProto, defs, helper
 from onnx_ir.passes.common import InlinePass
 
@@ -17,7 +19,7 @@ from graphprune.errors import TraceError
 from graphprune.trace.graph import Argument, Operator, OperatorGraph, Role, Value
 from graphprune.trace.onnx_contrib import ContribSchema
 from graphprune.trace.onnx_roles import role_of
-from graphprune.trace.onnx_shapes import ShapeInference
+from graphprune.trace.onnx_shapes import ShapeInference, fitted
 from graphprune.trace.onnx_sizes import example_sizes
 from graphprune.trace.onnx_states import states_of
 
@@ -46,15 +48,8 @@ def trace_onnx(model: str | Path | ir.Model, sizes: Mapping[str, int] | None = N
     """
     opened = _inlined(model if isinstance(model, ir.Model) else _read(Path(model)))
     chosen = example_sizes(opened, dict(sizes or {}))
-    tried = [chosen]
-    while True:
-        shapes = ShapeInference(opened, chosen)
-        shapes.run()
-        mended = chosen.mended(*shapes.conflict) if shapes.conflict else None
-        if mended is None or mended in tried:
-            return _Lowering(opened, shapes).graph()
-        chosen = mended
-        tried.append(chosen)
+    shapes = fitted(opened, chosen)
+    return _Lowering(opened, shapes, fitted(opened, chosen.others())).graph()
 
 
 def _read(path: Path) -> ir.Model:
@@ -78,11 +73,18 @@ def _inlined(model: ir.Model) -> ir.Model:
 
 
 class _Lowering:
-    """Turns the nodes of a model whose shapes are known into operators."""
+    """Turns the nodes of a model whose shapes are known into operators.
 
-    def __init__(self, model: ir.Model, shapes: ShapeInference) -> None:
+    Args:
+        model: The model.
+        shapes: What is known of its values.
+        at_other_sizes: The same at other sizes of the symbols; numbers that differ follow from the inputs' sizes.
+    """
+
+    def __init__(self, model: ir.Model, shapes: ShapeInference, at_other_sizes: ShapeInference) -> None:
         self._model = model
         self._shapes = shapes
+        self._at_other_sizes = at_other_sizes
         self._values: dict[ir.Value, Value] = {}
         self._names: set[str] = set()
 
@@ -116,10 +118,21 @@ class _Lowering:
 
     def _add(self, value: ir.Value, role: Role) -> Value:
         known = self._shapes.known[value]
-        content = known.content if known.content is not None and known.content.size <= _SMALL else None
         dtype = str(known.dtype.numpy()) if known.dtype != ir.DataType.UNDEFINED else "unknown"
-        self._values[value] = Value(value.name or "", known.shape or (), dtype, role, content)
+        self._values[value] = Value(value.name or "", known.shape or (), dtype, role, self._content(value))
         return self._values[value]
+
+    def _content(self, value: ir.Value) -> NDArray[np.int64] | None:
+        """Return a few whole numbers that are the same whatever the inputs' sizes."""
+        numbers, others = self._shapes.known[value].content, self._at_other_sizes.known[value].content
+        if (
+            numbers is None
+            or others is None
+            or numbers.size > _SMALL
+            or not np.issubdtype(numbers.dtype, np.integer)
+        ):
+            return None
+        return numbers.astype(np.int64) if np.array_equal(numbers, others) else None
 
     def _operator(self, node: ir.Node) -> Operator:
         name = (

@@ -21,18 +21,8 @@ _TABLES = {
 _SETTINGS = {("Resize", 1), ("Resize", 2), ("Pad", 2), ("Clip", 1), ("Clip", 2)}
 _WAVES = {"Cos", "Sin"}
 # Operators through which a table's numbers are still the table's.
-_PASSING = {
-    "Reshape",
-    "Unsqueeze",
-    "Squeeze",
-    "Expand",
-    "Cast",
-    "Transpose",
-    "Concat",
-    "Slice",
-    "Gather",
-    "Neg",
-}
+_PASSING = {"Reshape", "Unsqueeze", "Squeeze", "Expand", "Cast", "Transpose", "Concat", "Slice", "Neg"}
+_GATHERING = {*_PASSING, "Gather"}
 _PHASES = {*_PASSING, "Mul", "MatMul", "Einsum"}
 
 
@@ -55,7 +45,7 @@ def role_of(value: ir.Value) -> Role:
     if tensor.dtype.is_floating_point() and _becomes(value, _PHASES, _is_wave):
         return "buffer"
     several = sum(size != 1 for size in tensor.shape.numpy()) > 1
-    if several and tensor.dtype.is_floating_point() and _becomes(value, _PASSING, _is_table):
+    if several and (_becomes(value, _PASSING, _is_worked_out) or _becomes(value, _GATHERING, _is_table)):
         return "constant"
     return "parameter"
 
@@ -69,11 +59,15 @@ def _is_wave(node: ir.Node, position: int) -> bool:
 
 
 def _is_table(node: ir.Node, position: int) -> bool:
-    """Whether an operator reads a whole table of cosines, sines or mask entries there."""
-    if position in _TABLES.get((node.domain, node.op_type), ()):
-        return True
-    if node.op_type == "Mul":  # a learned factor has one axis
-        return True
+    """Whether an operator reads cosines, sines or a mask there."""
+    return position in _TABLES.get((node.domain, node.op_type), ())
+
+
+def _is_worked_out(node: ir.Node, position: int) -> bool:
+    """Whether an operator reads folded cosines, sines or mask entries there."""
+    if node.op_type == "Mul":  # activations times several axes of numbers: a learned factor has one axis
+        other = node.inputs[1 - position]
+        return other is not None and ir.convenience.get_const_tensor(other) is None
     return node.op_type == "Add" and all(
         reader.op_type == "Softmax" for output in node.outputs for reader, _ in _uses(output)
     )
@@ -84,11 +78,7 @@ def _becomes(value: ir.Value, passing: set[str], end: Reading) -> bool:
     uses = list(_uses(value))
     return bool(uses) and all(
         end(node, position)
-        or (
-            node.op_type in passing
-            and position == (0 if node.op_type == "Gather" else position)
-            and all(_becomes(output, passing, end) for output in node.outputs)
-        )
+        or (node.op_type in passing and all(_becomes(output, passing, end) for output in node.outputs))
         for node, position in uses
     )
 

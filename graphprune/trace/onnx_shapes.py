@@ -25,6 +25,23 @@ _LARGEST = 1 << 16
 _FIRST_STAND_IN = 1009
 
 
+def fitted(model: ir.Model, sizes: ExampleSizes) -> ShapeInference:
+    """Infer shapes at sizes that fit each other.
+
+    Args:
+        model: The model; functions inlined.
+        sizes: To start from.
+    """
+    tried = [sizes]
+    while True:
+        shapes = ShapeInference(model, tried[-1])
+        shapes.run()
+        mended = tried[-1].mended(*shapes.conflict) if shapes.conflict else None
+        if mended is None or mended in tried:
+            return shapes
+        tried.append(mended)
+
+
 @dataclass(frozen=True, slots=True)
 class Known:
     """What is known of a value.

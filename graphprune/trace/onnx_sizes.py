@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -25,11 +25,13 @@ class ExampleSizes:
 
     Attributes:
         values: By symbol.
+        taken: All other sizes in the model.
         places: For each symbol, the ranks and axes of the inputs that it stands in.
         given: Symbols whose size the user chose.
     """
 
     values: Mapping[str, int]
+    taken: frozenset[int]
     places: Mapping[str, frozenset[tuple[int, int]]]
     given: frozenset[str]
 
@@ -49,6 +51,11 @@ class ExampleSizes:
             return None
         size = dim.evaluate(self.values)
         return size if isinstance(size, int) and size > 0 else None
+
+    def others(self) -> ExampleSizes:
+        """Return another size for each symbol, those that the user chose included."""
+        numbers = _distinct({*self.taken, *self.values.values()})
+        return replace(self, values={name: next(numbers) for name in self.values}, given=frozenset())
 
     def mended(self, first: int, second: int) -> ExampleSizes | None:
         """Return sizes at which `first` and `second`, which met in an operator, are equal.
@@ -73,7 +80,7 @@ class ExampleSizes:
             for name, places in self.places.items()
             if places == self.places[symbol] and name not in self.given | kept and self._deep(name)
         }
-        return ExampleSizes({**self.values, **dict.fromkeys({symbol, *alike}, size)}, self.places, self.given)
+        return replace(self, values={**self.values, **dict.fromkeys({symbol, *alike}, size)})
 
     def _deep(self, symbol: str) -> bool:
         """Whether a symbol belongs to tensors such as a layer's cache, of which there is one for each layer."""
@@ -118,7 +125,12 @@ def example_sizes(model: ir.Model, given: Mapping[str, int]) -> ExampleSizes:
             raise TraceError(f"the size of '{name}' is {size}", "give a size of at least 1")
     numbers = _distinct(taken)
     values = {name: given[name] if name in given else next(numbers) for name in places}
-    return ExampleSizes(values, {name: frozenset(where) for name, where in places.items()}, frozenset(given))
+    return ExampleSizes(
+        values=values,
+        taken=frozenset(taken),
+        places={name: frozenset(where) for name, where in places.items()},
+        given=frozenset(given),
+    )
 
 
 def symbols_of(dim: ir.SymbolicDim, unnamed: str) -> frozenset[str]:

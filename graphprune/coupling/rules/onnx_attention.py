@@ -10,7 +10,7 @@ from graphprune.errors import CouplingError
 from graphprune.trace.graph import Operator, Value
 
 
-@rule("onnx.Attention")
+@rule("onnx.Attention", vanishes="value")
 def attention(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     """Attend, operands (batch, heads, length, width) or (batch, length, heads × width)."""
     heads, key_heads = operator["q_num_heads"], operator["kv_num_heads"]
@@ -21,7 +21,7 @@ def attention(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     return _attention(operator, algebra, (query, key, value), past, operator["attn_mask"])
 
 
-@rule("com.microsoft.GroupQueryAttention")
+@rule("com.microsoft.GroupQueryAttention", vanishes="value")
 def group_query_attention(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     """Attend with grouped heads; query, key and value may be packed into one operand, and rotated here."""
     heads, key_heads = operator["num_heads"], operator["kv_num_heads"]
@@ -45,7 +45,7 @@ def group_query_attention(operator: Operator, algebra: Algebra) -> tuple[Axes, .
     return _attention(operator, algebra, (query, key, value), past, operator["attention_bias"])
 
 
-@rule("com.microsoft.MultiHeadAttention")
+@rule("com.microsoft.MultiHeadAttention", vanishes="value")
 def multi_head_attention(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     """Attend with as many key heads as query heads; operands apart, or packed (…, heads, 3, width)."""
     heads, source = operator["num_heads"], algebra[operator["query"]]
@@ -108,7 +108,7 @@ def packed_attention(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     return (result, present)[: len(operator.outputs)]
 
 
-@rule("onnx.RotaryEmbedding", "com.microsoft.RotaryEmbedding")
+@rule("onnx.RotaryEmbedding", "com.microsoft.RotaryEmbedding", vanishes="first")
 def rotary_embedding(operator: Operator, algebra: Algebra) -> Axes:
     """Rotate pairs of a head's width; the input is (batch, heads, length, width) or (batch, length, heads × width)."""
     source: Value = operator["X"] or operator["input"]
@@ -173,7 +173,8 @@ def _attention(
     table = None if mask is None else algebra[mask]
     if mask is not None and mask.shape[-1] not in (1, caches[0][2].size):
         raise CouplingError(f"the mask '{mask.name}' is shorter than the keys", "give one for all of them")
-    result = attend(algebra, query, caches[0], caches[1], mask=table, grouped=True)
+    contracted = (operator.inputs[0], operator["key"] or operator["K"] or operator.inputs[0])
+    result = attend(algebra, (query, caches[0], caches[1]), contracted, mask=table, grouped=True)
     first = operator.outputs[0]
     if first is not None and len(first.shape) == 3:
         batch, head, length, width = result

@@ -9,12 +9,13 @@ from graphprune.errors import CouplingError
 from graphprune.trace.graph import Operator, Value
 
 
-@rule("com.microsoft.MatMulNBits")
+@rule("com.microsoft.MatMulNBits", vanishes="any")
 def matmul_n_bits(operator: Operator, algebra: Algebra) -> Axes:
     """Return x Wᵀ + b; W is (out, blocks, bytes of a block), its scales (out × blocks)."""
     codes = operator["B"]
     rows = algebra.produce(codes, 0)
-    blocks, packed = algebra.consume(codes, 1), algebra[codes][2]
+    blocks, packed = algebra[codes][1:]
+    algebra.take_side(codes, 1, "consumes")
     algebra.pin(packed, "packed codes")
     _sum_by_blocks(operator, algebra, blocks)
     _couple(algebra, operator["scales"], [rows, blocks])
@@ -27,7 +28,7 @@ def matmul_n_bits(operator: Operator, algebra: Algebra) -> Axes:
     return [*algebra[operator["A"]][:-1], rows]
 
 
-@rule("com.microsoft.MatMulBnb4")
+@rule("com.microsoft.MatMulBnb4", vanishes="any")
 def matmul_bnb4(operator: Operator, algebra: Algebra) -> Axes:
     """Return x Wᵀ; W is one row of bytes, (out × blocks × bytes of a block), absmax (out × blocks)."""
     codes, inner, block = operator["B"], operator["K"], operator["block_size"]
@@ -41,7 +42,7 @@ def matmul_bnb4(operator: Operator, algebra: Algebra) -> Axes:
     return [*algebra[operator["A"]][:-1], rows]
 
 
-@rule("com.microsoft.GatherBlockQuantized")
+@rule("com.microsoft.GatherBlockQuantized", vanishes="any")
 def gather_block_quantized(operator: Operator, algebra: Algebra) -> Axes:
     """Read rows of a quantized table by index."""
     table, scales, indices = operator["data"], operator["scales"], operator["indices"]
@@ -61,12 +62,12 @@ def gather_block_quantized(operator: Operator, algebra: Algebra) -> Axes:
     return [*algebra[indices], algebra.solver.product([blocks, _within(algebra, width, blocks)])]
 
 
-@rule("onnx.DequantizeLinear", "onnx.QuantizeLinear")
+@rule("onnx.DequantizeLinear", "onnx.QuantizeLinear", vanishes="any")
 def scale(operator: Operator, algebra: Algebra) -> Axes:
     """Scale the whole, each index of an axis, or each block of one."""
     source: Value = operator["x"]
     axis = (1 if operator["axis"] is None else operator["axis"]) % max(1, len(source.shape))
-    axes = algebra.view(operator.outputs[0], source, range(len(source.shape)))
+    axes = list(algebra[source])
     for value in (
         operator["x_scale"] or operator["y_scale"],
         operator["x_zero_point"] or operator["y_zero_point"],
@@ -88,7 +89,8 @@ def scale(operator: Operator, algebra: Algebra) -> Axes:
 def _sum_by_blocks(operator: Operator, algebra: Algebra, blocks: Layout) -> None:
     """Couple the axis of the activations that is summed with the weight's blocks."""
     source = operator["A"]
-    inner = algebra.consume(source, -1)
+    inner = algebra[source][-1]
+    algebra.sum_over([(source, -1), (operator["B"], blocks)])
     if inner.size != blocks.size * operator["block_size"]:
         algebra.pin(blocks, "the last quantization block is not full")
         algebra.pin(inner, "the last quantization block is not full")

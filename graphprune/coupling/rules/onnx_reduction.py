@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from graphprune.coupling.algebra import Algebra, Axes
+from graphprune.coupling.rules.normalisation import batch_norm, layer_norm
 from graphprune.coupling.rules.onnx_reshaping import asking, numbers
-from graphprune.coupling.rules.reduction import batch_norm, layer_norm, reduce, softmax
+from graphprune.coupling.rules.reduction import reduce, softmax
 from graphprune.coupling.rules.registry import rule
 from graphprune.trace.graph import Operator, Value
 
 
-@rule(
-    *(f"onnx.Reduce{name}" for name in ("Sum", "Mean", "SumSquare", "L1", "L2")),
-)
+@rule(*(f"onnx.Reduce{name}" for name in ("Sum", "Mean", "SumSquare", "L1", "L2")), vanishes="first")
 def sums(operator: Operator, algebra: Algebra) -> Axes:
     """Sum an axis: a unit of zeros adds nothing."""
     source, dims = operator["data"], _dims(operator)
@@ -42,7 +41,10 @@ def layer_normalization(operator: Operator, algebra: Algebra) -> tuple[Axes, ...
 
 
 @rule(
-    "onnx.RMSNormalization", "onnx.SimplifiedLayerNormalization", "com.microsoft.SimplifiedLayerNormalization"
+    "onnx.RMSNormalization",
+    "onnx.SimplifiedLayerNormalization",
+    "com.microsoft.SimplifiedLayerNormalization",
+    vanishes="first",
 )
 def rms_normalization(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     """Scale along the last axes."""
@@ -56,7 +58,7 @@ def skip_layer_normalization(operator: Operator, algebra: Algebra) -> tuple[Axes
     return _centred(operator, algebra, source, operator["gamma"], operator["beta"])
 
 
-@rule("com.microsoft.SkipSimplifiedLayerNormalization")
+@rule("com.microsoft.SkipSimplifiedLayerNormalization", vanishes="all")
 def skip_rms_normalization(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     """Add, then scale."""
     return _scaled(operator, algebra, _added(operator, algebra), operator["gamma"])
@@ -99,7 +101,10 @@ def _scaled(operator: Operator, algebra: Algebra, source: Value, weight: Value) 
 
     Nothing is blocked: fewer units are exact once the weight is multiplied by √(n/n') and epsilon by n/n'.
     """
-    axes = algebra[source][-len(_over(operator, source)) :]
+    width = len(_over(operator, source))
+    axes = algebra[source][-width:]
+    for dim in range(-width, 0):
+        algebra.sum_over([(source, dim)])
     algebra.mark(axes, "normalised")
     algebra.align([(axes, [axis.size for axis in axes]), (algebra[weight], weight.shape)], weight.shape)
     return _results(operator, algebra, list(algebra[source]))

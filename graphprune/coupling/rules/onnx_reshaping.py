@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from graphprune.coupling.algebra import Algebra, Axes
-from graphprune.coupling.layout import Layout
-from graphprune.coupling.rules.factory import arange, constant
+from graphprune.coupling.rules.arrangement import accumulate, pad
+from graphprune.coupling.rules.factory import constant, numbered
 from graphprune.coupling.rules.registry import rule
-from graphprune.coupling.rules.reshaping import cat, expand, permute, reverse, slice_, split, view
+from graphprune.coupling.rules.reshaping import cat, expand, permute, repeat, reverse, slice_, split, view
 from graphprune.errors import CouplingError
 from graphprune.trace.graph import Argument, Operator, Value
 
 rule("onnx.Shape", "onnx.Size", "onnx.ConstantOfShape", "onnx.EyeLike")(constant)
-rule("onnx.Range")(arange)
-rule("onnx.Reshape", "onnx.Flatten", "onnx.Unsqueeze", "onnx.Squeeze")(view)
+rule("onnx.Range")(numbered)
+rule("onnx.Reshape", "onnx.Flatten", "onnx.Unsqueeze", "onnx.Squeeze", vanishes="first", moves=True)(view)
 
 
 def asking(operator: Operator, **arguments: Argument) -> Operator:
@@ -35,80 +35,77 @@ def numbers(value: Value | None) -> tuple[int, ...] | None:
     return tuple(int(number) for number in value.content.reshape(-1))
 
 
-@rule("onnx.Transpose")
+@rule("onnx.Transpose", vanishes="first", moves=True)
 def transpose(operator: Operator, algebra: Algebra) -> Axes:
     """Reorder the axes; without an order, reverse them."""
     call = asking(operator, self=operator["data"], dims=operator["perm"])
     return permute(call, algebra) if operator["perm"] else reverse(call, algebra)
 
 
-@rule("onnx.Expand")
+@rule("onnx.Expand", vanishes="first", moves=True)
 def broadcast(operator: Operator, algebra: Algebra) -> Axes:
     """Repeat axes of size 1."""
     return expand(asking(operator, self=operator["input"]), algebra)
 
 
-@rule("onnx.Tile")
+@rule("onnx.Tile", vanishes="first", moves=True)
 def tile(operator: Operator, algebra: Algebra) -> Axes:
-    """Repeat whole axes: a free atom before each."""
-    axes = algebra[operator["input"]]
-    repeats = algebra.fresh(numbers(operator["repeats"]) or ())
-    algebra.mark(repeats, "repeated")
-    return [algebra.solver.product([outer, axis]) for outer, axis in zip(repeats, axes, strict=True)]
+    """Lay copies end to end."""
+    return repeat(asking(operator, self=operator["input"]), algebra)
 
 
-@rule("onnx.Slice")
+@rule("onnx.Slice", vanishes="first", moves=True)
 def slices(operator: Operator, algebra: Algebra) -> Axes:
-    """Keep a consecutive segment of each axis that is named."""
-    source = operator["data"]
+    """Keep a consecutive segment, or every n-th index, of each axis that is named."""
+    source, axes = operator["data"], list(algebra[operator["data"]])
+    if operator["starts"].content is None or operator["ends"].content is None:
+        return _cut_somewhere(operator, algebra, axes)
     starts, ends = numbers(operator["starts"]) or (), numbers(operator["ends"]) or ()
     dims = numbers(operator["axes"]) or tuple(range(len(starts)))
     steps = numbers(operator["steps"]) or (1,) * len(starts)
-    axes = list(algebra[source])
     for dim, start, end, step in zip(dims, starts, ends, steps, strict=True):
-        call = asking(operator, self=source, dim=dim, start=start, end=end, step=step)
+        call = asking(operator, self=source, dim=dim % len(axes), start=start, end=end, step=step)
         axes[dim] = slice_(call, algebra)[dim]
     return axes
 
 
-@rule("onnx.Split")
+def _cut_somewhere(operator: Operator, algebra: Algebra, axes: Axes) -> Axes:
+    """Pin the axes that are cut where the inputs' sizes say."""
+    (output,) = operator.outputs
+    named = numbers(operator["axes"]) or tuple(range(len(operator["starts"].shape)))
+    for dim in named:
+        size = output.shape[dim] if output else axes[dim].size
+        if size != axes[dim].size:
+            algebra.pin(axes[dim], f"{operator.target} cuts it where the inputs' sizes say")
+            axes[dim] = algebra.ordered(size, operator.target)
+    return axes
+
+
+@rule("onnx.Split", vanishes="first", moves=True)
 def segments(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     """Cut an axis into consecutive segments."""
     return split(replace(operator, arguments={"self": operator["input"], "dim": operator["axis"]}), algebra)
 
 
-@rule("onnx.Concat")
+@rule("onnx.Concat", vanishes="each")
 def concat(operator: Operator, algebra: Algebra) -> Axes:
     """Lay operands end to end along one axis."""
     return cat(asking(operator, tensors=operator["inputs"], dim=operator["axis"]), algebra)
 
 
-@rule("onnx.Pad")
-def pad(operator: Operator, algebra: Algebra) -> Axes:
-    """Add entries before and after an axis: which they are, its order says."""
+@rule("onnx.Pad", vanishes="first")
+def lengthen(operator: Operator, algebra: Algebra) -> Axes:
+    """Lengthen axes at their ends."""
     source = operator["data"]
-    amounts = numbers(operator["pads"]) or ()
-    dims = numbers(operator["axes"]) or tuple(range(len(source.shape)))
-    axes = list(algebra[source])
-    for dim, before, after in zip(dims, amounts[: len(dims)], amounts[len(dims) :], strict=True):
-        if before or after:
-            axes[dim] = _ordered(operator, algebra, axes[dim], axes[dim].size + before + after)
-    return axes
+    rank, amounts = len(source.shape), numbers(operator["pads"]) or ()
+    dims = [dim % rank for dim in numbers(operator["axes"]) or range(rank)]
+    ends = dict(zip(dims, zip(amounts[: len(dims)], amounts[len(dims) :], strict=True), strict=True))
+    last_first = tuple(amount for dim in reversed(range(rank)) for amount in ends.get(dim, (0, 0)))
+    return pad(asking(operator, self=source, pad=last_first, mode=operator["mode"]), algebra)
 
 
-@rule("onnx.Trilu", "onnx.CumSum")
-def ordered(operator: Operator, algebra: Algebra) -> Axes:
-    """Treat an entry by its place on an axis."""
-    source = operator.inputs[0]
-    dims = (-2, -1) if operator["axis"] is None else numbers(operator["axis"]) or ()
-    axes = algebra[source]
-    for dim in dims:
-        algebra.pin(axes[dim], f"{operator.target} treats its units by their order")
-    return list(axes)
-
-
-def _ordered(operator: Operator, algebra: Algebra, axis: Layout, size: int) -> Layout:
-    result = algebra.fresh([size])[0]
-    for one in (axis, result):
-        algebra.pin(one, f"{operator.target} treats its units by their order")
-    return result
+@rule("onnx.CumSum")
+def cumulative_sum(operator: Operator, algebra: Algebra) -> Axes | tuple[Axes, ...]:
+    """Sum an axis so far."""
+    (dim,) = numbers(operator["axis"]) or (0,)
+    return accumulate(asking(operator, self=operator["x"], dim=dim), algebra)
