@@ -18,7 +18,8 @@ def attention(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     key = _by_heads(algebra, algebra[operator["K"]], key_heads)
     value = _by_heads(algebra, algebra[operator["V"]], key_heads)
     past = (operator["past_key"], operator["past_value"])
-    return _attention(operator, algebra, (query, key, value), past, operator["attn_mask"])
+    results = _attention(operator, algebra, (query, key, value), past, operator["attn_mask"])
+    return results[: len(operator.outputs)]
 
 
 @rule("com.microsoft.GroupQueryAttention", vanishes="value")
@@ -42,7 +43,8 @@ def group_query_attention(operator: Operator, algebra: Algebra) -> tuple[Axes, .
     if operator["head_sink"] is not None:
         algebra.same(algebra[operator["head_sink"]][0], query[1])
     past = (operator["past_key"], operator["past_value"])
-    return _attention(operator, algebra, (query, key, value), past, operator["attention_bias"])
+    results = _attention(operator, algebra, (query, key, value), past, operator["attention_bias"])
+    return results[: len(operator.outputs)]
 
 
 @rule("com.microsoft.MultiHeadAttention", vanishes="value")
@@ -70,7 +72,8 @@ def multi_head_attention(operator: Operator, algebra: Algebra) -> tuple[Axes, ..
                 algebra.same(axes[-1] if len(axes) == 3 else algebra.solver.product([axes[1], axes[3]]), bias)
         query, key, value = (_by_heads(algebra, axes, heads) for axes in operands)
     past = (operator["past_key"], operator["past_value"])
-    return _attention(operator, algebra, (query, key, value), past, operator["attention_bias"])
+    results = _attention(operator, algebra, (query, key, value), past, operator["attention_bias"])
+    return results[: len(operator.outputs)]
 
 
 @rule("com.microsoft.Attention")
@@ -90,10 +93,10 @@ def packed_attention(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
         _by_heads(algebra, [*algebra[source][:-1], part], operator["num_heads"])
         for part in algebra.split(projected, widths)
     )
-    result, key_cache, value_cache, *_ = _attention(
+    result, key_cache, value_cache, _ = _attention(
         operator, algebra, (query, key, value), (None, None), operator["attention_bias"]
     )
-    if operator["past"] is None and len(operator.outputs) < 2:
+    if len(operator.outputs) < 2 and operator["past"] is None:
         return (result,)
     algebra.same(key_cache[1], value_cache[1])
     algebra.same(key_cache[3], value_cache[3])
@@ -180,4 +183,4 @@ def _attention(
         batch, head, length, width = result
         result = [batch, length, algebra.solver.product([head, width])]
     scores = [result[0], query[1], query[2], caches[0][2]]
-    return (result, *caches, scores)[: len(operator.outputs)]
+    return result, caches[0], caches[1], scores
