@@ -72,6 +72,15 @@ def _inlined(model: ir.Model) -> ir.Model:
     return InlinePass()(model.clone()).model
 
 
+def named_nodes(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
+    """Yield a graph's nodes in order, with the names that their operators have: a node's own if no other has it."""
+    names: set[str] = set()
+    for position, node in enumerate(graph):
+        name = node.name if node.name and node.name not in names else f"{node.op_type}#{position}"
+        names.add(name)
+        yield name, node
+
+
 class _Lowering:
     """Turns the nodes of a model whose shapes are known into operators.
 
@@ -86,7 +95,6 @@ class _Lowering:
         self._shapes = shapes
         self._at_other_sizes = at_other_sizes
         self._values: dict[ir.Value, Value] = {}
-        self._names: set[str] = set()
 
     def graph(self) -> OperatorGraph:
         """Return the operator graph."""
@@ -97,7 +105,7 @@ class _Lowering:
         for value in graph.initializers.values():
             self._add(value, role_of(value))
         operators = []
-        for node in graph:
+        for name, node in named_nodes(graph):
             if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
                 self._add(node.outputs[0], role_of(node.outputs[0]))
             elif node.outputs and all(
@@ -106,7 +114,7 @@ class _Lowering:
                 for output in node.outputs:
                     self._add(output, "constant")
             else:
-                operators.append(self._operator(node))
+                operators.append(self._operator(name, node))
         return OperatorGraph(
             operators=tuple(operators),
             inputs=tuple(self._values[value] for value in inputs),
@@ -134,11 +142,7 @@ class _Lowering:
             return None
         return numbers.astype(np.int64) if np.array_equal(numbers, others) else None
 
-    def _operator(self, node: ir.Node) -> Operator:
-        name = (
-            node.name if node.name and node.name not in self._names else f"{node.op_type}_{len(self._names)}"
-        )
-        self._names.add(name)
+    def _operator(self, name: str, node: ir.Node) -> Operator:
         domain = node.domain if node.domain not in ("", "ai.onnx") else "onnx"
         target = f"{domain}.{node.op_type}"
         if not self._shapes.is_certain(node):
