@@ -12,9 +12,11 @@ from onnx import TensorProto, helper
 from onnx_models import GraphBuilder, genai_decoder
 from tiny_models import tiny_llama
 
+import graphprune
 from graphprune.errors import TraceError
 from graphprune.trace.graph import Value
 from graphprune.trace.onnx import trace_onnx
+from graphprune.trace.onnx_shapes import ShapeInference
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +193,19 @@ def test_symbols_that_must_fit_each_other_are_made_to_fit():
     assert all("unknown" not in operator.target for operator in graph.operators)
 
 
+def test_caches_of_many_layers_are_made_to_fit_at_once(monkeypatch):
+    runs = []
+    run = ShapeInference.run
+    monkeypatch.setattr(ShapeInference, "run", lambda shapes: (runs.append(shapes), run(shapes)))
+    build = GraphBuilder()
+    keys = [build.node("Concat", f"past.{i}", "new", axis=1) for i in range(12)]
+    inputs = {f"past.{i}": ("FLOAT", ("batch", f"p{i}", 6)) for i in range(12)}
+    inputs["new"] = ("FLOAT", ("batch", "s", 6))
+    graph = trace_onnx(build.model(inputs, [build.node("Sum", *keys)]))
+    assert len({value.shape for value in graph.inputs}) == 2
+    assert len(runs) == 4  # at two assignments of sizes, each mended once
+
+
 def test_an_initializer_read_twice_is_one_value_and_one_that_can_be_overridden_a_parameter():
     build = GraphBuilder()
     w = build.weight("w", 6, 6)
@@ -274,8 +289,11 @@ def test_a_cache_is_a_state_and_a_model_output_like_it_is_not():
     key = build.node("Concat", "past", "x", axis=1)
     scores = build.node("MatMul", "x", build.node("Transpose", key, perm=[0, 2, 1]))
     prefixed = build.node("Concat", "prefix", "x", axis=1)
+    closed = build.node("Concat", "four", "x", axis=1)
+    read = build.node("Neg", closed)
     inputs = {name: ("FLOAT", ("batch", name, 6)) for name in ("past", "x", "prefix")}
-    graph = trace_onnx(build.model(inputs, [scores, key, prefixed]))
+    inputs["four"] = ("FLOAT", ("batch", 4, 6))
+    graph = trace_onnx(build.model(inputs, [scores, key, prefixed, closed, read]))
     assert graph.states == (("past", key),)
 
 
@@ -291,6 +309,17 @@ def test_networkx_view_holds_every_operator():
     operators = [node for node, data in graph.nx.nodes(data=True) if data["kind"] == "operator"]
     assert len(operators) == len(graph.operators)
     assert all(isinstance(value, Value) for value in graph.weights.values())
+
+
+def test_the_public_interface_takes_files_and_models_in_memory(tmp_path):
+    build = GraphBuilder()
+    model = build.model(X, [mlp(build)])
+    path = tmp_path / "model.onnx"
+    ir.save(model, path)
+    for given in (model, path, str(path)):
+        groups = graphprune.node_groups(graphprune.trace(given))
+        assert [group.size for group in groups.values() if group.prunable] == [10]
+    assert graphprune.trace(path, {"batch": 3}).inputs[0].shape == (3, 6)
 
 
 def test_files_that_are_none(tmp_path):
