@@ -119,16 +119,14 @@ class OperatorGraph:
     def nx(self) -> nx.MultiDiGraph[str]:
         """Operators and values as a networkx graph: value → operator (edge ``argument``) → value."""
         graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
-        for value in (*self.inputs, *self.weights.values()):
+        read = (value for operator in self.operators for value in operator.inputs if value.role == "constant")
+        for value in (*self.inputs, *self.weights.values(), *read):
             graph.add_node(value.name, kind="value", shape=value.shape, dtype=value.dtype, role=value.role)
         for operator in self.operators:
             node = f"{operator.name}()"
             graph.add_node(node, kind="operator", target=operator.target, module=operator.module)
             for argument, content in operator.arguments.items():
                 for value in _values_in(content):
-                    if value.role == "constant":
-                        shape, dtype, role = value.shape, value.dtype, value.role
-                        graph.add_node(value.name, kind="value", shape=shape, dtype=dtype, role=role)
                     graph.add_edge(value.name, node, argument=argument)
             for position, output in enumerate(operator.outputs):
                 if output is not None:

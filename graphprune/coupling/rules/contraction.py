@@ -43,7 +43,12 @@ def matmul(operator: Operator, algebra: Algebra) -> Axes:
 
 
 def matrix_product(
-    algebra: Algebra, first: Value, second: Value, shape: Sequence[int], *, flips: tuple[bool, bool] = (False, False)
+    algebra: Algebra,
+    first: Value,
+    second: Value,
+    shape: Sequence[int],
+    *,
+    flips: tuple[bool, bool] = (False, False),
 ) -> Axes:
     """Contract the last axis of one operand with the last but one of the other, as ``torch.matmul`` does.
 
