@@ -339,3 +339,45 @@ def test_a_quantized_weight_behind_dequantize_linear_keeps_its_sides():
     assert sides["down.codes", 0] == ("consumes", 4)
     assert sides["down.scales", 0][1] == 1
     assert np.array_equal(blocks.indices(blocks.members[0], 1), np.arange(4, 8))
+
+
+def test_sums_see_through_products_attention_and_fused_norms():
+    """A norm over a width that a product or attention makes may lose units; one after a sigmoid may not."""
+    build = GraphBuilder(opset=23)
+
+    def normed(source: str, name: str, width: int) -> str:
+        scaled = build.node("RMSNormalization", source, build.weight(f"{name}.scale", width))
+        return build.node("MatMul", scaled, build.weight(f"{name}.out", width, 5))
+
+    up, gate, lone = (
+        build.node("MatMul", "x", build.weight(name, 24, 10)) for name in ("up", "gate", "lone")
+    )
+    q, k, v = (build.node("MatMul", "x", build.weight(name, 24, 24)) for name in "qkv")
+    attended = build.node("Attention", q, k, v, q_num_heads=4, kv_num_heads=4)
+    results = [
+        normed(build.node("Mul", up, gate), "product", 10),
+        normed(build.node("Sigmoid", lone), "sigmoid", 10),
+        normed(attended, "attention", 24),
+    ]
+    groups = node_groups(trace_onnx(build.model({"x": ("FLOAT", ("b", "s", 24))}, results)))
+    prunable = {m.parameter for group in groups.values() if group.prunable for m in group.members}
+    assert {"up", "gate", "v", "attention.scale"} <= prunable
+    assert not {"lone", "sigmoid.scale"} & prunable
+    (width,) = [
+        g for g in groups.values() if g.kind == "head_dim" and "v" in {m.parameter for m in g.members}
+    ]
+    assert width.prunable
+
+
+def test_what_a_gemm_adds_is_coupled_with_its_rows():
+    build = GraphBuilder()
+    wide = build.node(
+        "Relu", build.node("Gemm", "x", build.weight("up", 10, 6), build.weight("bias", 10), transB=1)
+    )
+    model = build.model({"x": ("FLOAT", ("b", 6))}, [build.node("Gemm", wide, build.weight("down", 10, 6))])
+    (ffn,) = [group for group in node_groups(trace_onnx(model)).values() if group.prunable]
+    assert {(m.parameter, m.axis, m.side) for m in ffn.members} == {
+        ("up", 0, "produces"),
+        ("bias", 0, "carries"),
+        ("down", 0, "consumes"),
+    }
