@@ -74,6 +74,8 @@ class Algebra:
         self._dependence = graph.dependence
         self._readers = Counter(value.name for op in graph.operators for value in set(op.inputs))
         for value in graph.inputs:
+            if value.name in graph.state_names:
+                continue
             for position, axis in enumerate(self[value]):
                 self.solver.anchor(axis)
                 self.pin(axis, f"reaches the model's input '{value.name}' axis {position}")
@@ -152,9 +154,10 @@ class Algebra:
         for operand, position in ((value, axis), (weight, weight_axis)):
             self.take_side(operand, position, "consumes")
 
-    def sum_over(self, operands: Sequence[tuple[Value, int]]) -> None:
+    def sum_over(self, operands: Sequence[tuple[Value, int | Layout]]) -> None:
         """Note that the operator sums along an axis the product of `operands`: a missing unit must be zero in one."""
-        self.sums.append((self._operator, tuple((value, self[value][axis]) for value, axis in operands)))
+        axes = ((value, self[value][axis] if isinstance(axis, int) else axis) for value, axis in operands)
+        self.sums.append((self._operator, tuple(axes)))
 
     def produce(self, weight: Value, axis: int) -> Layout:
         """Return the axis of a weight along which the operator's result lies."""

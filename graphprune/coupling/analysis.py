@@ -26,6 +26,8 @@ def analyze(graph: OperatorGraph) -> Algebra:
         algebra.enter(operator)
         algebra.leave(operator, _apply(operator, algebra), moves=moves_numbers(operator.target))
     for value in graph.outputs:
+        if value.name in graph.state_names:
+            continue
         for position, axis in enumerate(algebra[value]):
             algebra.pin(axis, f"reaches the model's output '{value.name}' axis {position}")
     algebra.settle()

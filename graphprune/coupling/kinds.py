@@ -51,6 +51,6 @@ def infer_kind(marks: Collection[str], sides: Collection[Side], weights: int) ->
         return "hidden"
     if "nonlinear" in marks and "window" not in marks and {"produces", "consumes"} <= set(sides):
         return "ffn"
-    if weights == 2 and set(sides) == {"produces", "consumes"}:
+    if "nonlinear" not in marks and weights == 2 and set(sides) == {"produces", "consumes"}:
         return "lora_rank"
     return "other"

@@ -13,6 +13,15 @@ from graphprune.trace.graph import Operator, OperatorGraph, Value
 
 Atoms = frozenset[int]
 
+# The operand that a product adds at last, where it is not called bias.
+_ADDED = {
+    "aten.addmm.default": "self",
+    "aten.baddbmm.default": "self",
+    "onnx.Gemm": "C",
+    "onnx.Conv": "B",
+    "onnx.ConvTranspose": "B",
+}
+
 
 def block_what_does_not_vanish(graph: OperatorGraph, algebra: Algebra) -> None:
     """Block the removal of units that some operator sums over although they are not zero when zeroed.
@@ -60,15 +69,13 @@ def _of_result(operator: Operator, output: Value, zero: dict[str, Atoms], algebr
         held = [_atoms(algebra, value) for value in operands]
         missed = frozenset().union(*(atoms - own for atoms, own in zip(held, found, strict=True)))
         return (spanned & frozenset().union(*held)) - missed
-    operand = operator["value"] if how == "value" else operands[0]
+    operand = (operator["value"] or operator["V"] if how == "value" else None) or operands[0]
     return zero.get(operand.name, frozenset()) & spanned
 
 
 def _product(operator: Operator, zero: dict[str, Atoms], found: list[Atoms]) -> Atoms:
     """A product is zero where a factor is, unless something is added to it."""
-    added = (
-        operator["self"] if operator.target.startswith(("aten.addmm", "aten.baddbmm")) else operator["bias"]
-    )
+    added = operator[_ADDED.get(operator.target, "bias")]
     if not isinstance(added, Value):
         return frozenset().union(*found)
     factors = [zero.get(v.name, frozenset()) for v in operator.inputs if v is not added]

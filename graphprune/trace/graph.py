@@ -102,6 +102,7 @@ class OperatorGraph:
         inputs: The model's inputs.
         weights: Parameters and buffers by qualified name; a tied parameter stands here once.
         outputs: The model's outputs.
+        states: Names of an input and an output that are one cache before and after a call: its axes may change.
         tied: Further names of a weight, each with the name it stands under in `weights`.
         program: The front end's own program, which surgery rewrites; opaque to the analysis.
     """
@@ -112,12 +113,14 @@ class OperatorGraph:
     outputs: tuple[Value, ...]
     tied: Mapping[str, str] = field(default_factory=dict)
     program: Any = field(default=None, repr=False, compare=False)
+    states: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def nx(self) -> nx.MultiDiGraph[str]:
         """Operators and values as a networkx graph: value → operator (edge ``argument``) → value."""
         graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
-        for value in (*self.inputs, *self.weights.values()):
+        read = (value for operator in self.operators for value in operator.inputs if value.role == "constant")
+        for value in (*self.inputs, *self.weights.values(), *read):
             graph.add_node(value.name, kind="value", shape=value.shape, dtype=value.dtype, role=value.role)
         for operator in self.operators:
             node = f"{operator.name}()"
@@ -136,6 +139,11 @@ class OperatorGraph:
     def dependence(self) -> Dependence:
         """What each value is computed from."""
         return Dependence.of(self)
+
+    @cached_property
+    def state_names(self) -> frozenset[str]:
+        """Names of all inputs and outputs that are caches."""
+        return frozenset(name for pair in self.states for name in pair)
 
     def names_of(self, weight: str) -> tuple[str, ...]:
         """Return every qualified name under which the model holds `weight`, the graph's own first."""

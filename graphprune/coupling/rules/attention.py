@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graphprune.coupling.algebra import Algebra, Axes
 from graphprune.coupling.rules.registry import rule
-from graphprune.trace.graph import Operator
+from graphprune.trace.graph import Operator, Value
 
 
 @rule("aten.scaled_dot_product_attention", vanishes="value")
@@ -13,23 +13,55 @@ def scaled_dot_product_attention(operator: Operator, algebra: Algebra) -> Axes:
 
     With ``enable_gqa`` a key head serves consecutive query heads: query heads = key heads × repetition.
     """
-    query, key, value = operator["query"], operator["key"], operator["value"]
-    mask = operator["attn_mask"]
-    q, k, v = algebra[query], algebra[key], algebra[value]
-    shape = operator.outputs[0].shape  # type: ignore[union-attr]
-    shared = tuple(max(sizes) for sizes in zip(key.shape[:-2], value.shape[:-2], strict=True))
-    batch = algebra.align([(k[:-2], key.shape[:-2]), (v[:-2], value.shape[:-2])], shared)
-    algebra.mark(q[:-2], "heads")
-    if operator["enable_gqa"] and query.shape[-3] != key.shape[-3]:
-        repetition = algebra.fresh([query.shape[-3] // key.shape[-3]])[0]
+    query, key, value, mask = (operator[name] for name in ("query", "key", "value", "attn_mask"))
+    return attend(
+        algebra,
+        (algebra[query], algebra[key], algebra[value]),
+        (query, key),
+        mask=algebra[mask] if mask is not None else None,
+        grouped=bool(operator["enable_gqa"]),
+    )
+
+
+def attend(
+    algebra: Algebra,
+    operands: tuple[Axes, Axes, Axes],
+    contracted: tuple[Value, Value],
+    *,
+    mask: Axes | None,
+    grouped: bool,
+) -> Axes:
+    """Return the axes of attention's result.
+
+    Args:
+        algebra: What holds the layouts.
+        operands: Query, key and value, each (…, heads, length, width).
+        contracted: The values that hold query and key.
+        mask: What is added to the scores, or selects among them.
+        grouped: Whether a key head serves consecutive query heads: query heads = key heads × repetition.
+    """
+    query, key, value = operands
+    shared = [max(pair) for pair in zip(_sizes(key[:-2]), _sizes(value[:-2]), strict=True)]
+    batch = algebra.align([(axes[:-2], _sizes(axes[:-2])) for axes in (key, value)], shared)
+    algebra.mark(query[:-2], "heads")
+    if grouped and query[-3].size != key[-3].size:
+        repetition = algebra.fresh([query[-3].size // key[-3].size])[0]
         algebra.mark([repetition], "repeated")
         batch = [*batch[:-1], algebra.solver.product([batch[-1], repetition])]
-        shared = (*shared[:-1], query.shape[-3])
-    batch = algebra.align([(q[:-2], query.shape[:-2]), (batch, shared)], shape[:-2])
-    algebra.contract(query, -1, key, -1)
-    algebra.same(k[-2], v[-2])
-    algebra.mark([q[-1], v[-1]], "head_dim")
+    sizes = _sizes(query[:-2])
+    batch = algebra.align(
+        [(query[:-2], sizes), (batch, _sizes(batch))],
+        [max(pair) for pair in zip(sizes, _sizes(batch), strict=True)],
+    )
+    algebra.same(query[-1], key[-1])
+    algebra.sum_over([(contracted[0], query[-1]), (contracted[1], key[-1])])
+    algebra.same(key[-2], value[-2])
+    algebra.mark([query[-1], value[-1]], "head_dim")
     if mask is not None:
-        sizes = (*shape[:-1], key.shape[-2])
-        algebra.align([([*batch, q[-2], k[-2]], sizes), (algebra[mask], mask.shape)], sizes)
-    return [*batch, q[-2], v[-1]]
+        scores = [*batch, query[-2], key[-2]]
+        algebra.align([(scores, _sizes(scores)), (mask, _sizes(mask))], _sizes(scores))
+    return [*batch, query[-2], value[-1]]
+
+
+def _sizes(axes: Axes) -> list[int]:
+    return [axis.size for axis in axes]

@@ -42,18 +42,35 @@ def matmul(operator: Operator, algebra: Algebra) -> Axes:
     return matrix_product(algebra, first, second, output.shape if output else ())
 
 
-def matrix_product(algebra: Algebra, first: Value, second: Value, shape: Sequence[int]) -> Axes:
-    """Contract the last axis of one operand with the last but one of the other, as ``torch.matmul`` does."""
+def matrix_product(
+    algebra: Algebra,
+    first: Value,
+    second: Value,
+    shape: Sequence[int],
+    *,
+    flips: tuple[bool, bool] = (False, False),
+) -> Axes:
+    """Contract the last axis of one operand with the last but one of the other, as ``torch.matmul`` does.
+
+    Args:
+        algebra: What holds the layouts.
+        first: (…, rows, inner).
+        second: (…, inner, columns).
+        shape: Of the result.
+        flips: Which operands have their last two axes the other way round.
+    """
     x, y = algebra[first], algebra[second]
     if min(len(x), len(y)) < 2:
         algebra.contract(first, -1, second, 0 if len(y) == 1 else -2)
         return [*y[:-2], y[-1]] if len(y) > 1 else list(x[:-1])
-    algebra.contract(first, -1, second, -2)
+    rows, inner = (-1, -2) if flips[0] else (-2, -1)
+    columns, contracted = (-2, -1) if flips[1] else (-1, -2)
+    algebra.contract(first, inner, second, contracted)
     batch = algebra.align([(x[:-2], first.shape[:-2]), (y[:-2], second.shape[:-2])], shape[:-2])
     if algebra.is_activation(first) and algebra.is_activation(second):
         algebra.mark(batch, "heads")
-        algebra.mark([x[-1], y[-1]], "head_dim")
-    return [*batch, algebra.produce(first, -2), algebra.produce(second, -1)]
+        algebra.mark([x[inner], y[columns]], "head_dim")
+    return [*batch, algebra.produce(first, rows), algebra.produce(second, columns)]
 
 
 @rule("aten.einsum", vanishes="any")

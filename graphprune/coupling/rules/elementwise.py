@@ -120,26 +120,26 @@ def _named(*names: str) -> tuple[str, ...]:
     return tuple(f"aten.{name}" for name in names)
 
 
-def _elementwise(operator: Operator, algebra: Algebra) -> Axes:
+def elementwise(operator: Operator, algebra: Algebra) -> Axes:
     """Couple all operands, axis by axis."""
     (output, *_) = operator.outputs
     return algebra.broadcast(operator.inputs, output.shape if output else ())
 
 
-def _nonlinear(operator: Operator, algebra: Algebra) -> Axes:
+def nonlinear(operator: Operator, algebra: Algebra) -> Axes:
     """Couple likewise; the mark tells an FFN's width from a low-rank path."""
-    axes = _elementwise(operator, algebra)
+    axes = elementwise(operator, algebra)
     algebra.mark(axes, "nonlinear")
     return axes
 
 
-rule(*_named(*_PRODUCTS), vanishes="any")(_elementwise)
-rule(*_named(*_SUMS), vanishes="all")(_elementwise)
-rule(*_named(*_CASTS), vanishes="first", moves=True)(_elementwise)
-rule(*_named(*_QUOTIENTS), vanishes="first")(_elementwise)
-rule(*_named(*_CHOICES, *_COMPARISONS))(_elementwise)
-rule(*_named(*_THROUGH_ZERO, "pow.Tensor_Scalar"), vanishes="first")(_nonlinear)
-rule(*_named(*_OTHER_NONLINEAR))(_nonlinear)
+rule(*_named(*_PRODUCTS), vanishes="any")(elementwise)
+rule(*_named(*_SUMS), vanishes="all")(elementwise)
+rule(*_named(*_CASTS), vanishes="first", moves=True)(elementwise)
+rule(*_named(*_QUOTIENTS), vanishes="first")(elementwise)
+rule(*_named(*_CHOICES, *_COMPARISONS))(elementwise)
+rule(*_named(*_THROUGH_ZERO, "pow.Tensor_Scalar"), vanishes="first")(nonlinear)
+rule(*_named(*_OTHER_NONLINEAR))(nonlinear)
 
 
 @rule("aten.copy", vanishes="all")

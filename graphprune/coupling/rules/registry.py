@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Literal
+from typing import Literal, TypeVar
 
 from graphprune.coupling.algebra import Algebra, Axes
 from graphprune.errors import CouplingError
 from graphprune.trace.graph import Operator
 
 Rule = Callable[[Operator, Algebra], "Axes | tuple[Axes, ...]"]
+R = TypeVar("R", bound=Rule)
 Vanishing = Literal["any", "all", "each", "first", "value", "zero", "never"]
 """When the result of an operator is zero along a unit: if any operand is (products), if all are (sums), if each
 operand that has the unit is (concatenations), if the first or the one named ``value`` is, always, never."""
@@ -30,6 +31,13 @@ _FAMILIES = (
     "reduction",
     "reshaping",
     "routing",
+    "onnx_attention",
+    "onnx_contraction",
+    "onnx_elementwise",
+    "onnx_indexing",
+    "onnx_quantized",
+    "onnx_reduction",
+    "onnx_reshaping",
 )
 ENTRY_POINTS = "graphprune.rules"
 
@@ -44,7 +52,7 @@ class _Entry:
 _ENTRIES: dict[str, _Entry] = {}
 
 
-def rule(*targets: str, vanishes: Vanishing = "never", moves: bool = False) -> Callable[[Rule], Rule]:
+def rule(*targets: str, vanishes: Vanishing = "never", moves: bool = False) -> Callable[[R], R]:
     """Register a function as the rule of the operators named `targets`.
 
     Args:
@@ -57,7 +65,7 @@ def rule(*targets: str, vanishes: Vanishing = "never", moves: bool = False) -> C
         CouplingError: If one of them has a rule already.
     """
 
-    def register(function: Rule) -> Rule:
+    def register(function: R) -> R:
         for target in targets:
             if target in _ENTRIES:
                 other = _ENTRIES[target].rule
