@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.export import ExportedProgram
 
 from graphprune.certify.routing import forbid_choices
 from graphprune.coupling.groups import NodeGroup, NodeGroups
@@ -24,6 +25,7 @@ from graphprune.shrink.resize import resize
 from graphprune.shrink.weights import named_weights, select_weight, zero_weight
 
 TOLERANCE = 1e-9
+ONNX_TOLERANCE = 1e-4
 # Beside numbers of ordinary size nothing in float64, and yet divided by itself it is one: a DoRA magnitude over the
 # norm of its row stays a number.
 ALMOST_ZERO = 1e-40
@@ -84,12 +86,12 @@ class Certificate:
 
 
 def certify(
-    model: nn.Module,
+    model: Any,
     groups: NodeGroups,
-    example_inputs: Mapping[str, Any],
+    example_inputs: Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
 ) -> Certificate:
     """Check node groups against the model that they were read off.
 
@@ -97,15 +99,21 @@ def certify(
     random numbers for the check. The model is not changed.
 
     Args:
-        model: The model, with its weights.
+        model: The model, with its weights: a torch module or an exported program. For groups of an ONNX graph it is
+            the file itself that is checked, and the argument may be None.
         groups: Its node groups.
-        example_inputs: Keyword arguments of its forward, as given to `trace`.
+        example_inputs: Keyword arguments of its forward, by default those of the trace; arrays by name for ONNX.
         seed: Of the permutations, the removed units and the random numbers.
-        tolerance: Largest error, relative to the largest output.
+        tolerance: Largest error, relative to the largest output; by default 1e-9 in float64, and 1e-4 for an ONNX
+            file, which runs in float32 and is checked by permutation alone.
 
     Raises:
         CouplingError: If there is no group to check.
     """
+    if not isinstance(groups.graph.program, ExportedProgram):
+        return _certify_onnx(groups, example_inputs or {}, seed, tolerance or ONNX_TOLERANCE)
+    tolerance = tolerance or TOLERANCE
+    example_inputs = example_inputs or groups.graph.program.example_inputs[1]
     trial = _Trial(model, groups, example_inputs, np.random.default_rng(seed))
     movable = [group for group in groups.values() if group.permutable]
     prunable = [group for group in groups.values() if group.prunable]
@@ -131,11 +139,32 @@ def certify(
     )
 
 
+def _certify_onnx(groups: NodeGroups, inputs: Mapping[str, Any], seed: int, tolerance: float) -> Certificate:
+    from graphprune.certify.onnx import permutation_error
+
+    movable = [group for group in groups.values() if group.permutable]
+    error = permutation_error(groups, inputs, seed=seed)
+    failures = () if error <= tolerance else movable
+    return Certificate(
+        groups=len(movable),
+        pruned_groups=0,
+        permuted_max_error=error,
+        removed_max_error=0.0,
+        removed_effect=0.0,
+        tolerance=tolerance,
+        failures=tuple(
+            group.name
+            for group in failures
+            if not permutation_error(groups, inputs, only=group, seed=seed) <= tolerance
+        ),
+    )
+
+
 class _Trial:
     """The traced graph in float64, its weights, and its outputs before anything is done to them."""
 
     def __init__(
-        self, model: nn.Module, groups: NodeGroups, inputs: Mapping[str, Any], generator: np.random.Generator
+        self, model: Any, groups: NodeGroups, inputs: Mapping[str, Any], generator: np.random.Generator
     ) -> None:
         self._groups = groups
         self._inputs = {name: _double(value) for name, value in inputs.items()}
@@ -188,7 +217,7 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _probing_weights(model: nn.Module, generator: np.random.Generator) -> dict[str, Tensor]:
+def _probing_weights(model: Any, generator: np.random.Generator) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     doubled: dict[int, Tensor] = {}
     for name, tensor in named_weights(model):

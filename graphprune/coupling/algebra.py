@@ -69,6 +69,7 @@ class Algebra:
         self._understood: set[str] = set()
         self._weight_axes: dict[int, tuple[str, int]] = {}
         self._first_new = 0
+        self._uses_parameters = False
         self._local: dict[str, Axes] = {}
         self._operator = ""
         self._dependence = graph.dependence
@@ -86,7 +87,8 @@ class Algebra:
         self._local = {}
         self._understood = set()
         self._first_new = len(self.solver.layouts)
-        if self.uses_parameters(operator):
+        self._uses_parameters = self._reads_parameters(operator)
+        if self._uses_parameters:
             for value in operator.inputs:
                 if value.name not in self._local and self._may_be_copied(value):
                     self._copy(operator, value)
@@ -101,7 +103,7 @@ class Algebra:
         """
         self._local = {}
         self._follow_names(operator, moves)
-        from_inputs = not self.uses_parameters(operator) and any(
+        from_inputs = not self._uses_parameters and any(
             value.name in self._dependence.on_inputs for value in operator.inputs
         )
         for value, axes in zip(operator.outputs, outputs, strict=True):
@@ -116,8 +118,7 @@ class Algebra:
         """Whether a value depends on the model's inputs: a weight, transposed or not, does not."""
         return value.name in self._dependence.on_inputs
 
-    def uses_parameters(self, operator: Operator) -> bool:
-        """Whether an operator's result depends on parameters."""
+    def _reads_parameters(self, operator: Operator) -> bool:
         values = operator.outputs if operator.has_own_shape else operator.inputs
         return any(value is not None and value.name in self._dependence.on_parameters for value in values)
 

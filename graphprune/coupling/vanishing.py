@@ -7,11 +7,12 @@ squares may lose a unit, and a softmax written as a quotient of sums may not.
 from __future__ import annotations
 
 from graphprune.coupling.algebra import Algebra
-from graphprune.coupling.layout import atoms_of
+from graphprune.coupling.layout import Layout, atoms_of, find
 from graphprune.coupling.rules import vanishing_of
 from graphprune.trace.graph import Operator, OperatorGraph, Value
 
 Atoms = frozenset[int]
+_NONE: Atoms = frozenset()
 
 # The operand that a product adds at last, where it is not called bias.
 _ADDED = {
@@ -30,10 +31,18 @@ def block_what_does_not_vanish(graph: OperatorGraph, algebra: Algebra) -> None:
         graph: The operator graph.
         algebra: Its layouts, settled.
     """
-    zero = _zero_units(graph, algebra)
+    parameters = {name for name, value in graph.weights.items() if value.role == "parameter"}
+    # A factor that is a parameter is zero along its units; only sums of activations alone have to be looked into.
+    sums = [
+        (name, operands)
+        for name, operands in algebra.sums
+        if not any(value.name in parameters for value, _ in operands)
+    ]
+    watched = frozenset(atom.identity for _, ((_, axis), *_) in sums for atom in atoms_of(axis))
+    zeros = _Zeros(graph, algebra, watched)
     targets = {operator.name: operator.target for operator in graph.operators}
-    for name, operands in algebra.sums:
-        known = frozenset().union(*(zero.get(value.name, frozenset()) for value, _ in operands))
+    for name, operands in sums:
+        known = frozenset().union(*(zeros.along(value) for value, _ in operands))
         for atom in atoms_of(operands[0][1]):
             if atom.size > 1 and atom.identity not in known:
                 algebra.block(
@@ -41,52 +50,74 @@ def block_what_does_not_vanish(graph: OperatorGraph, algebra: Algebra) -> None:
                 )
 
 
-def _zero_units(graph: OperatorGraph, algebra: Algebra) -> dict[str, Atoms]:
-    """Return for each value the atoms along which it is zero at a unit whose parameters are all zero."""
-    zero: dict[str, Atoms] = {
-        name: _atoms(algebra, value) for name, value in graph.weights.items() if value.role == "parameter"
-    }
-    for operator in graph.operators:
-        for output in operator.outputs:
-            if output is not None:
-                zero[output.name] = _of_result(operator, output, zero, algebra)
-    return zero
+class _Zeros:
+    """Along which atoms each value is zero at a unit whose parameters are all zero.
+
+    Args:
+        graph: The operator graph.
+        algebra: Its layouts.
+        watched: The atoms that matter.
+    """
+
+    def __init__(self, graph: OperatorGraph, algebra: Algebra, watched: Atoms) -> None:
+        self._algebra = algebra
+        self._watched = watched
+        self._held: dict[int, Atoms] = {}
+        self._zero: dict[str, Atoms] = {
+            name: self._spanned(value) for name, value in graph.weights.items() if value.role == "parameter"
+        }
+        for operator in graph.operators:
+            for output in operator.outputs:
+                if output is not None:
+                    self._zero[output.name] = self._of_result(operator, output)
+
+    def along(self, value: Value) -> Atoms:
+        """Return the watched atoms along which a value is zero."""
+        return self._zero.get(value.name, _NONE)
+
+    def _of_result(self, operator: Operator, output: Value) -> Atoms:
+        how, spanned = vanishing_of(operator.target), self._spanned(output)
+        if how == "zero" or not spanned:
+            return spanned
+        operands = [value for value in operator.inputs if value.dtype != "bool"]
+        if how == "never" or not operands or _is_not_zero_at_zero(operator):
+            return _NONE
+        if how == "any":
+            return self._of_product(operator, operands) & spanned
+        if how == "all":
+            return spanned.intersection(*(self.along(value) for value in operands))
+        if how == "each":
+            missed = _NONE.union(*(self._spanned(value) - self.along(value) for value in operands))
+            return (spanned & _NONE.union(*(self._spanned(value) for value in operands))) - missed
+        operand = (operator["value"] or operator["V"] if how == "value" else None) or operands[0]
+        return self.along(operand) & spanned
+
+    def _of_product(self, operator: Operator, operands: list[Value]) -> Atoms:
+        """A product is zero where a factor is, unless something is added to it."""
+        added = operator[_ADDED.get(operator.target, "bias")]
+        if not isinstance(added, Value):
+            return _NONE.union(*(self.along(value) for value in operands))
+        factors = (self.along(value) for value in operands if value is not added)
+        return _NONE.union(*factors) & self.along(added)
+
+    def _spanned(self, value: Value) -> Atoms:
+        """Return the watched atoms that a value's axes hold."""
+        axes = self._algebra.known(value.name) or ()
+        return _NONE.union(*(self._of_axis(find(axis)) for axis in axes if axis.size > 1))
+
+    def _of_axis(self, axis: Layout) -> Atoms:
+        if axis.identity not in self._held:
+            own = frozenset(atom.identity for atom in atoms_of(axis))
+            self._held[axis.identity] = own & self._watched
+        return self._held[axis.identity]
 
 
-def _of_result(operator: Operator, output: Value, zero: dict[str, Atoms], algebra: Algebra) -> Atoms:
-    how, spanned = vanishing_of(operator.target), _atoms(algebra, output)
-    if how == "zero":
-        return spanned
-    operands = [value for value in operator.inputs if value.dtype != "bool"]
-    found = [zero.get(value.name, frozenset()) for value in operands]
-    if how == "never" or not operands:
-        return frozenset()
-    if how == "any":
-        return _product(operator, zero, found) & spanned
-    if how == "all":
-        return frozenset() if _adds_a_number(operator) else spanned.intersection(*found)
-    if how == "each":
-        held = [_atoms(algebra, value) for value in operands]
-        missed = frozenset().union(*(atoms - own for atoms, own in zip(held, found, strict=True)))
-        return (spanned & frozenset().union(*held)) - missed
-    operand = (operator["value"] or operator["V"] if how == "value" else None) or operands[0]
-    return zero.get(operand.name, frozenset()) & spanned
-
-
-def _product(operator: Operator, zero: dict[str, Atoms], found: list[Atoms]) -> Atoms:
-    """A product is zero where a factor is, unless something is added to it."""
-    added = operator[_ADDED.get(operator.target, "bias")]
-    if not isinstance(added, Value):
-        return frozenset().union(*found)
-    factors = [zero.get(v.name, frozenset()) for v in operator.inputs if v is not added]
-    return frozenset().union(*factors) & zero.get(added.name, frozenset())
-
-
-def _adds_a_number(operator: Operator) -> bool:
+def _is_not_zero_at_zero(operator: Operator) -> bool:
+    """Whether an operator adds a number, or takes a power of zero that is not zero."""
+    if "pow" in operator.target.lower():
+        exponent = operator["exponent"]
+        return isinstance(exponent, (int, float)) and exponent <= 0
     numbers = [operator[name] for name in ("self", "other", "value")]
-    return any(isinstance(number, (int, float)) and number != 0 for number in numbers)
-
-
-def _atoms(algebra: Algebra, value: Value) -> Atoms:
-    axes = algebra.known(value.name) or []
-    return frozenset(atom.identity for axis in axes if axis.size > 1 for atom in atoms_of(axis))
+    return vanishing_of(operator.target) == "all" and any(
+        isinstance(number, (int, float)) and number != 0 for number in numbers
+    )

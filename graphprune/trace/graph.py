@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, TypeAlias
 
 import networkx as nx
@@ -80,7 +80,7 @@ class Operator:
     @property
     def is_factory(self) -> bool:
         """Whether its result holds no number of its operands."""
-        return _FACTORY.search(self.target) is not None
+        return _is_factory(self.target)
 
     @property
     def has_own_shape(self) -> bool:
@@ -90,7 +90,7 @@ class Operator:
     @property
     def in_place(self) -> bool:
         """Whether it writes into its first operand."""
-        return _IN_PLACE.search(self.target) is not None
+        return _is_in_place(self.target)
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,16 @@ def _aliased(operator: Operator, producers: Mapping[str, Operator]) -> Iterator[
         yield value.name
         if value.name in producers:
             pending.extend(producers[value.name].inputs[:1])
+
+
+@cache
+def _is_factory(target: str) -> bool:
+    return _FACTORY.search(target) is not None
+
+
+@cache
+def _is_in_place(target: str) -> bool:
+    return _IN_PLACE.search(target) is not None
 
 
 def _values_in(argument: Argument) -> Iterator[Value]:

@@ -91,3 +91,66 @@ class Stubborn(nn.Module):
 def test_a_model_that_cannot_be_exported_is_a_trace_error():
     with pytest.raises(TraceError, match="Stubborn"):
         trace(Stubborn(), {"x": torch.zeros(2)})
+
+
+def test_a_model_without_weights_has_the_groups_of_one_with_them(llama, build_llama):
+    from transformers import LlamaForCausalLM
+
+    from graphprune.coupling.groups import node_groups
+
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(llama.model.config).eval()
+    graph = trace(empty, llama.inputs)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert graph.tied == llama.groups.graph.tied
+    assert [row | {"reason": None} for row in node_groups(graph).rows()] == [
+        row | {"reason": None} for row in llama.groups.rows()
+    ]
+
+
+def test_fake_weights_are_traced_too(llama):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import LlamaForCausalLM
+
+    from graphprune.coupling.groups import node_groups
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = LlamaForCausalLM(llama.model.config).eval()
+        inputs = {"input_ids": torch.zeros(2, 11, dtype=torch.long), "use_cache": False}
+    assert list(node_groups(trace(fake, inputs))) == list(llama.groups)
+
+
+def test_the_batch_and_the_sequence_stay_open(llama):
+    symbolic = {n.meta["val"].shape for n in llama.groups.graph.program.graph.nodes if n.name == "input_ids"}
+    (shape,) = symbolic
+    assert all(not isinstance(size, int) for size in shape)
+    fixed = trace(llama.model, llama.inputs, dynamic=False)
+    assert len(fixed.operators) <= len(llama.groups.graph.operators)
+
+
+class Table(nn.Module):
+    """A position table that is cut where the input ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.up, self.down = nn.Parameter(torch.randn(16, 6)), nn.Linear(6, 9), nn.Linear(9, 2)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x + self.places[: x.shape[1]])))
+
+
+def test_what_an_input_cuts_off_is_not_called_unused():
+    """Rows of a table beyond the example's sequence are read for longer ones."""
+    from graphprune.coupling.groups import node_groups
+
+    groups = node_groups(trace(Table(), {"x": torch.randn(2, 11, 6)}))
+    rows = [g for g in groups.values() if any(m.parameter == "places" and m.axis == 0 for m in g.members)]
+    assert rows
+    assert not any(group.prunable for group in rows)
+
+
+def test_what_cannot_be_traced_is_told():
+    with pytest.raises(TraceError, match="a dict cannot be traced"):
+        trace({}, {})
+    with pytest.raises(TraceError, match="without example inputs"):
+        trace(nn.Linear(2, 3))

@@ -73,6 +73,7 @@ def rule(*targets: str, vanishes: Vanishing = "never", moves: bool = False) -> C
                     f"operator {target} already has a rule, {other.__module__}.{other.__name__}",
                     "remove one of the two registrations",
                 )
+            _entry.cache_clear()
             _ENTRIES[target] = _Entry(function, vanishes, moves)
         return function
 
@@ -97,6 +98,7 @@ def moves_numbers(target: str) -> bool:
     return entry is not None and entry.moves
 
 
+@cache
 def _entry(target: str) -> _Entry | None:
     _load()
     if target in _ENTRIES or not target.startswith("aten."):

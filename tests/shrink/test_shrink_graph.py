@@ -1,0 +1,204 @@
+"""Surgery where a module's own code does not follow: the traced graph; optimizer state; what is kept of a model."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from torch import nn
+
+from graphprune.certify.certificate import certify
+from graphprune.coupling.groups import node_groups
+from graphprune.errors import ShrinkError, ShrinkWarning
+from graphprune.shrink.model import shrink
+from graphprune.shrink.optimizer import shrink_optimizer
+from graphprune.shrink.plan import Plan
+from graphprune.shrink.weights import zero_weight
+from graphprune.trace.model import trace
+
+
+def of_kind(groups, kind):
+    return [name for name, group in groups.items() if group.kind == kind and group.prunable]
+
+
+def zeroed(model, groups, plan):
+    twin, kept = copy.deepcopy(model), plan.kept(groups)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.copy_(zero_weight(name, parameter, groups, kept))
+    return twin
+
+
+@pytest.fixture
+def rotary(llama):
+    """A plan that takes other rotary pairs from each layer, which one shared buffer cannot follow."""
+    pairs = [
+        n
+        for n in llama.of_kind("head_dim")
+        if any("inv_freq" in m.parameter for m in llama.groups[n].members)
+    ]
+    return llama, Plan({name: [number] for number, name in enumerate(pairs)})
+
+
+def test_layers_that_keep_different_rotary_pairs_come_back_as_a_graph_that_says_why(rotary):
+    llama, plan = rotary
+    with pytest.warns(ShrinkWarning, match="own code does not follow"):
+        small = shrink(llama.model, llama.groups, plan)
+    assert isinstance(small, torch.fx.GraphModule)
+    assert "own code does not follow" in small.meta["why_a_graph"]
+    with pytest.raises(ShrinkError, match="own code does not follow"):
+        shrink(llama.model, llama.groups, plan, form="module")
+
+
+def test_the_graph_computes_what_the_zeroed_model_does_at_other_sizes_too(rotary):
+    llama, plan = rotary
+    small = shrink(llama.model, llama.groups, plan, form="graph")
+    reference = zeroed(llama.model, llama.groups, plan)
+    for shape in ((2, 11), (3, 7)):
+        inputs = {"input_ids": torch.arange(shape[0] * shape[1]).reshape(shape) % 60, "use_cache": False}
+        with torch.no_grad():
+            ours, theirs = small(**inputs).logits, reference(**inputs).logits
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_the_graph_trains_saves_loads_and_exports(rotary):
+    llama, plan = rotary
+    small = shrink(llama.model, llama.groups, plan, form="graph").train()
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    before = small(**llama.inputs).logits.square().mean()
+    before.backward()
+    optimizer.step()
+    after = small(**llama.inputs).logits
+    assert float(after.square().mean()) < float(before)
+    other = shrink(llama.model, llama.groups, plan, form="graph")
+    other.load_state_dict(small.state_dict())
+    torch.testing.assert_close(other(**llama.inputs).logits, after)
+    again = trace(small.eval(), llama.inputs)
+    assert certify(small, node_groups(again), llama.inputs).ok
+
+
+def test_keeping_all_is_bitwise_nothing_in_both_forms(adapted):
+    with torch.no_grad():
+        expected = adapted.model(**adapted.inputs).logits
+        for form in ("module", "graph"):
+            small = shrink(adapted.model, adapted.groups, Plan({}), adapted.inputs, form=form)
+            assert torch.equal(small(**adapted.inputs).logits, expected)
+
+
+def test_tied_weights_stay_tied_in_the_graph(rotary):
+    llama, plan = rotary
+    small = shrink(llama.model, llama.groups, plan, form="graph")
+    assert small.lm_head.weight is small.model.embed_tokens.weight
+    assert small.lm_head.weight is not llama.model.lm_head.weight
+
+
+def test_an_exported_program_is_shrunk_without_the_module(llama):
+    groups = node_groups(trace(llama.groups.graph.program))
+    assert groups.rows() == llama.groups.rows()
+    plan = Plan({of_kind(groups, "ffn")[0]: range(10)})
+    small = shrink(groups.graph.program, groups, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            small(**llama.inputs).logits,
+            zeroed(llama.model, llama.groups, plan)(**llama.inputs).logits,
+            atol=1e-5,
+            rtol=1e-4,
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama, grouped-query", "query_heads"),
+        ("gpt2", "attention_heads"),
+        ("phi3", "attention_heads"),
+        ("bert", "head_dim"),
+        ("mixtral", "expert"),
+        ("gemma3", "hidden"),
+        ("grouped convolutions", "other"),
+        ("u-net", "other"),
+    ],
+)
+def test_a_modules_own_attributes_follow(name, kind):
+    """Head counts, configuration, experts, channels, norms that add one to their weight."""
+    model, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
+    groups = node_groups(trace(model, inputs))
+    plan = Plan({group: [0] for group in of_kind(groups, kind)})
+    assert plan
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    small = shrink(model, groups, plan, inputs, form="module")
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        ours, graph = small(**inputs), shrink(model, groups, plan, inputs, form="graph")(**inputs)
+    ours, graph = (out if isinstance(out, torch.Tensor) else out[0] for out in (ours, graph))
+    torch.testing.assert_close(ours, graph, atol=2e-5, rtol=1e-4)
+
+
+def test_at_least_as_many_experts_stay_as_are_picked():
+    model, inputs = ARCHITECTURES["mixtral"].build(), ARCHITECTURES["mixtral"].inputs()
+    groups = node_groups(trace(model, inputs))
+    name = of_kind(groups, "expert")[0]
+    assert groups[name].minimum == 2
+    assert {m.parameter.split(".")[-2] for m in groups[name].members} == {"gate", "experts"}
+    with pytest.raises(ShrinkError, match="leaves 1 of 5"):
+        shrink(model, groups, Plan({name: range(4)}), inputs)
+    small = shrink(model, groups, Plan({name: range(3)}), inputs)
+    assert small.model.layers[0].mlp.experts.down_proj.shape[0] == 2
+
+
+class Stacked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 9), nn.Linear(9, 3)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_goes_on_as_if_the_model_had_always_been_small(kind):
+    """Steps on the zeroed model and on the small one stay the same: their units never had a gradient."""
+    torch.manual_seed(0)
+    options = {"lr": 0.05, **({"momentum": 0.9} if kind is torch.optim.SGD else {"weight_decay": 0.0})}
+    x, y = torch.randn(16, 4), torch.randn(16, 3)
+    model = Stacked()
+    groups = node_groups(trace(model, {"x": x}))
+    plan = Plan({of_kind(groups, "ffn")[0]: [1, 4]})
+    big = zeroed(model, groups, plan)
+
+    def step(module, optimizer):
+        optimizer.zero_grad()
+        (module(x) - y).square().mean().backward()
+        optimizer.step()
+
+    first = kind(big.parameters(), **options)
+    for _ in range(3):
+        step(big, first)
+        with torch.no_grad():  # a unit that is gone stays at zero
+            for name, parameter in big.named_parameters():
+                parameter.copy_(zero_weight(name, parameter, groups, plan.kept(groups)))
+    small = shrink(big, groups, plan, {"x": x})
+    second = shrink_optimizer(first, big, small, groups, plan)
+    assert all(
+        p.shape == q.shape for p, q in zip(second.param_groups[0]["params"], small.parameters(), strict=True)
+    )
+    step(big, first)
+    step(small, second)
+    kept = np.setdiff1d(np.arange(9), [1, 4])
+    torch.testing.assert_close(small.up.weight, big.up.weight[kept])
+    torch.testing.assert_close(small.down.weight, big.down.weight[:, kept])
+    second.load_state_dict(second.state_dict())
+    torch.save(second.state_dict(), io.BytesIO())
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, inputs = Stacked(), {"x": torch.randn(2, 4)}
+    groups = node_groups(trace(model, inputs))
+    small = shrink(model, groups, Plan({}), inputs)
+    with pytest.raises(ShrinkError, match="lacks"):
+        shrink_optimizer(torch.optim.SGD(Stacked().parameters(), lr=0.1), model, small, groups, Plan({}))
