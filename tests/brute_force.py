@@ -23,7 +23,7 @@ be read at any indices: each operator that mixes them with others reads its own 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,37 +52,37 @@ class Unit:
 def units_of(program: ExportedProgram, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> set[Unit]:
     """Return all units of an exported program, by running it on `weights` and `inputs` in float64."""
     rows = rows_of(program, weights)
-    return Search(rows, Runner(program, rows, weights, inputs)).units()
+    return Search(rows).units(Runner(program, rows, weights, inputs))
 
 
 class Search:
     """Follows the clauses from every index of every parameter."""
 
-    def __init__(self, rows: Rows, runner: Runner) -> None:
-        self._rows, self._runner = rows, runner
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
         self._clauses = rows.clauses()
         self._branches = 0
 
-    def units(self) -> set[Unit]:
+    def units(self, runner: Runner) -> set[Unit]:
         """Return all units; of those that are alike, the first and the last are run."""
         found: set[Unit] = set()
         for alike in self._alike():
             pairs = [(one, other) for one in alike if (other := _disjoint(one, alike))]
             tried = pairs[:1] + pairs[1:][-1:]
-            if all(self._runner.trades(one, other) for one, other in tried):
-                removable = all(self._runner.removes(one) for one, _ in tried)
+            if all(runner.trades(one, other) for one, other in tried):
+                removable = all(runner.removes(one) for one, _ in tried)
                 found |= {Unit(self._rows.slices(one), removable) for one, _ in pairs}
         return found
 
     @cached_property
     def removals(self) -> set[Removal]:
         """All minimal removals."""
-        found = {removal for seed in self._rows.seeds() for removal in self._follow({seed}, [seed], [])}
-        by_row: dict[int, list[Removal]] = defaultdict(list)
-        for removal in found:
-            for row in removal:
-                by_row[row].append(removal)
-        return {one for one in found if not any(other < one for row in one for other in by_row[row])}
+        return _smallest(removal for seed in self._rows.seeds() for removal in self._follow({seed}, [seed], []))
+
+    def smallest(self, slices: Iterable[Slice]) -> list[frozenset[Slice]]:
+        """Return the smallest removals that contain given slices of parameters, as slices of parameters."""
+        seeds = self._rows.of(slices)
+        return [self._rows.slices(removal) for removal in _smallest(self._follow(set(seeds), seeds, []))]
 
     def _alike(self) -> list[list[Removal]]:
         """Return the minimal removals by how many rows of which axes they take."""
@@ -113,6 +113,16 @@ class Search:
             return
         for option in choices[0]:
             yield from self._follow({*removed, option}, [option], list(choices[1:]))
+
+
+def _smallest(removals: Iterable[Removal]) -> set[Removal]:
+    """Return the removals that contain no other."""
+    found = set(removals)
+    by_row: dict[int, list[Removal]] = defaultdict(list)
+    for removal in found:
+        for row in removal:
+            by_row[row].append(removal)
+    return {one for one in found if not any(other < one for row in one for other in by_row[row])}
 
 
 def _disjoint(one: Removal, alike: list[Removal]) -> Removal | None:

@@ -142,6 +142,11 @@ class Rows:
             for index in indices
         )
 
+    def of(self, slices: Iterable[Slice]) -> list[int]:
+        """Return the rows of slices of parameters."""
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        return [int(self._rows(names[parameter], axis)[index]) for parameter, axis, index in slices]
+
     def _rows(self, name: str, axis: int) -> Numbers:
         axis %= len(self.shapes[name])
         return np.arange(self.shapes[name][axis]) + self._first[name, axis]

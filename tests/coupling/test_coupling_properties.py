@@ -1,0 +1,187 @@
+"""What holds of the node groups of every network, stated on generated ones.
+
+Weights are permuted and zeroed here index by index, from what a group says it owns, and the network's own module is
+run on them: neither `certify` nor `shrink` has a part in it but where they are what is tested.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from unittest import mock
+
+import numpy as np
+import torch
+from brute_force import Search
+from brute_force_operators import rows_of
+from examined_networks import Examined, change, distance, examine, over_networks, run, units_of
+from generated_networks import Network, build, inputs_of
+
+from graphprune.certify.certificate import certify
+from graphprune.coupling import analysis
+from graphprune.coupling.groups import NodeGroup, NodeGroups, node_groups
+from graphprune.trace.fx import trace
+
+TOLERANCE = 1e-9
+
+
+@over_networks
+def test_each_index_belongs_to_one_unit_of_each_group(network):
+    """Its units share no index, and own as many each as the member says."""
+    examined = examine(network)
+    groups = examined.groups
+    for group in examined.movable:
+        for member in group.members:
+            owned = np.concatenate([groups.indices(group, member, unit) for unit in range(group.size)])
+            owner = groups.owner(group, member)
+            assert len(set(owned.tolist())) == len(owned) == member.indices_per_unit * group.size
+            assert sorted(owned.tolist()) == np.flatnonzero(owner >= 0).tolist()
+            assert np.bincount(owner[owner >= 0], minlength=group.size).tolist() == [member.indices_per_unit] * group.size
+
+
+@over_networks
+def test_an_index_stays_exactly_if_all_units_that_own_it_stay(network):
+    """The groups that span an axis form a grid: no index is forgotten, none is taken twice."""
+    examined = examine(network)
+    groups, generator = examined.groups, examined.generator()
+    kept = {group.name: np.flatnonzero(generator.random(group.size) < 0.7) for group in groups.values()}
+    selection = groups.selection(kept)
+    owners: dict[tuple[str, int], list[np.ndarray]] = {}
+    for group in examined.groups.values():
+        for member in group.members:
+            owner = groups.owner(group, member)
+            stays = (owner < 0) | np.isin(owner, kept[group.name])
+            owners.setdefault((member.parameter, member.axis), []).append(stays)
+    for (parameter, axis), stays in owners.items():
+        layout = groups.axes(parameter)[axis]
+        assert groups.keep(layout, selection).tolist() == np.flatnonzero(np.all(stays, axis=0)).tolist()
+
+
+@over_networks
+def test_together_groups_tell_every_index_from_every_other(network):
+    """Two indices with the same owners in all groups are repetitions inside one unit; no index is without owner."""
+    examined = examine(network)
+    owners: dict[tuple[str, int], list[np.ndarray]] = {}
+    for group in examined.groups.values():
+        for member in group.members:
+            owners.setdefault((member.parameter, member.axis), []).append(examined.groups.owner(group, member))
+    for found in owners.values():
+        places = Counter(tuple(place) for place in np.stack(found).T.tolist())
+        for place, times in places.items():
+            if times > 1 and max(place) < 0:
+                continue  # segments of one index each, which no group has: there is nothing to tell apart
+            shared = [owner for owner, unit in zip(found, place, strict=True) if unit >= 0]
+            sizes = [Counter(owner[owner >= 0].tolist()).most_common(1)[0][1] for owner in shared]
+            assert times <= min(sizes)
+
+
+@over_networks
+def test_renumbered_units_leave_the_function_as_it_is(network):
+    """In the network's own module; without rotary pairs, whose angles the module computes in its own order."""
+    examined = examine(network)
+    generator = examined.generator()
+    turned = any(getattr(node.block, "turned", 0) for node in network.nodes)
+    movable = [group for group in examined.movable if not (turned and group.kind == "head_dim")]
+    order = {group.name: generator.permutation(group.size) for group in movable}
+
+    def permuted(group: NodeGroup, member, tensor, owner):
+        index = np.arange(len(owner))
+        for unit in range(group.size):
+            index[owner == unit] = np.flatnonzero(owner == order[group.name][unit])
+        return tensor.index_select(member.axis, torch.as_tensor(index))
+
+    weights = change(examined, movable, permuted)
+    assert distance(run(examined, weights), run(examined, examined.weights)) < TOLERANCE
+
+
+@over_networks
+def test_certificates_hold(network):
+    """All at once and at random: renumbering moves nothing, removing is zeroing."""
+    examined = examine(network)
+    if not examined.movable:
+        return
+    certificate = certify(examined.model, examined.groups, examined.inputs, seed=network.seed)
+    assert certificate.permuted_max_error < TOLERANCE
+    assert certificate.removed_max_error < TOLERANCE
+    assert certificate.failures == ()
+
+
+@over_networks
+def test_no_part_of_a_unit_can_be_removed_alone(network):
+    """From what a unit owns of any one parameter's axis, all that it owns follows by shapes alone.
+
+    The clauses of the brute-force search say what must go with what; their smallest solution is the unit itself.
+    """
+    examined = examine(network)
+    generator = examined.generator()
+    rows = rows_of(examined.groups.graph.program, examined.weights_by_identity)
+    search = Search(rows)
+    for group in examined.prunable:
+        unit = int(generator.integers(group.size))
+        (whole,) = [
+            slices
+            for slices, name in units_of(examined.groups, lambda other, group=group: other is group).items()
+            if slices and name == group.name and _owns(examined, group, unit, slices)
+        ]
+        members = [member for member in group.members if member.role == "parameter"]
+        member = members[int(generator.integers(len(members)))]
+        part = {(member.parameter, member.axis, int(i)) for i in examined.groups.indices(group, member, unit)}
+        assert search.smallest(part) == [whole]
+
+
+def _owns(examined: Examined, group: NodeGroup, unit: int, slices) -> bool:
+    member = next(member for member in group.members if member.role == "parameter")
+    first = int(examined.groups.indices(group, member, unit)[0])
+    return (member.parameter, member.axis, first) in slices
+
+
+def table(groups: NodeGroups, renamed=lambda name: name) -> list[tuple]:
+    """Return what groups are, without the order and the names that depend on modules' names."""
+    return sorted(
+        (
+            group.kind,
+            group.size,
+            group.permutable,
+            group.prunable,
+            sorted((renamed(m.parameter), m.axis, m.side, m.shape, m.indices_per_unit, m.role) for m in group.members),
+        )
+        for group in groups.values()
+    )
+
+
+@over_networks
+def test_names_of_modules_mean_nothing(network):
+    examined = examine(network)
+    other = build(network, "attention{}_lora_norm".format)
+    groups = node_groups(trace(other, examined.inputs))
+
+    def renamed(name: str) -> str:
+        first, *rest = name.split(".")
+        return ".".join([first.replace("attention", "node").replace("_lora_norm", ""), *rest])
+
+    assert table(groups, renamed) == table(examined.groups)
+
+
+@over_networks
+def test_sizes_of_batch_and_sequence_mean_nothing(network):
+    """Not even where they happen to be the size of something else."""
+    examined = examine(network)
+    groups = node_groups(trace(examined.model, inputs_of(network, batch=3, length=6)))
+    assert table(groups) == table(examined.groups)
+
+
+@over_networks
+def test_an_operator_without_a_rule_only_pins(network):
+    """Whichever operator loses its rule: what can still be pruned could be pruned before, and is certified."""
+    examined = examine(network)
+    targets = sorted({operator.target for operator in examined.groups.graph.operators})
+    unknown = targets[int(examined.generator().integers(len(targets)))]
+    real = analysis.rule_for
+    with mock.patch.object(analysis, "rule_for", lambda target: None if target == unknown else real(target)):
+        groups = node_groups(examined.groups.graph)
+    before = units_of(examined.groups, lambda group: group.prunable)
+    after = units_of(groups, lambda group: group.prunable)
+    assert set(after) <= set(before), unknown
+    if any(group.permutable for group in groups.values()):
+        certificate = certify(examined.model, groups, examined.inputs, seed=network.seed)
+        assert certificate.permuted_max_error < TOLERANCE
+        assert certificate.removed_max_error < TOLERANCE
