@@ -22,8 +22,8 @@ be read at any indices: each operator that mixes them with others reads its own 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 Removal = frozenset[int]
-MOST_BRANCHES = 20_000
+MOST_BRANCHES = 2_000
 
 
 class TooManyBranchesError(Exception):
@@ -49,7 +49,9 @@ class Unit:
     removable: bool
 
 
-def units_of(program: ExportedProgram, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> set[Unit]:
+def units_of(
+    program: ExportedProgram, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> set[Unit]:
     """Return all units of an exported program, by running it on `weights` and `inputs` in float64."""
     rows = rows_of(program, weights)
     return Search(rows).units(Runner(program, rows, weights, inputs))
@@ -61,7 +63,6 @@ class Search:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._clauses = rows.clauses()
-        self._branches = 0
 
     def units(self, runner: Runner) -> set[Unit]:
         """Return all units; of those that are alike, the first and the last are run."""
@@ -77,12 +78,11 @@ class Search:
     @cached_property
     def removals(self) -> set[Removal]:
         """All minimal removals."""
-        return _smallest(removal for seed in self._rows.seeds() for removal in self._follow({seed}, [seed], []))
+        return _smallest(removal for seed in self._rows.seeds() for removal in self._follow([seed]))
 
     def smallest(self, slices: Iterable[Slice]) -> list[frozenset[Slice]]:
         """Return the smallest removals that contain given slices of parameters, as slices of parameters."""
-        seeds = self._rows.of(slices)
-        return [self._rows.slices(removal) for removal in _smallest(self._follow(set(seeds), seeds, []))]
+        return [self._rows.slices(removal) for removal in _smallest(self._follow(self._rows.of(slices)))]
 
     def _alike(self) -> list[list[Removal]]:
         """Return the minimal removals by how many rows of which axes they take."""
@@ -91,28 +91,39 @@ class Search:
             alike[self._rows.signature(removal)].append(removal)
         return list(alike.values())
 
-    def _follow(self, removed: set[int], fresh: list[int], choices: list[Removal]) -> Iterator[Removal]:
-        """Fulfil all clauses of `fresh` rows, and branch over the first that leaves a choice."""
-        self._branches += 1
-        if self._branches > MOST_BRANCHES:
-            raise TooManyBranchesError
+    def _follow(self, seeds: Iterable[int]) -> list[Removal]:
+        """Return removals that contain `seeds`, all minimal ones among them."""
+        found: list[Removal] = []
+        branches = [(set(seeds), list(seeds), [])]
+        for _ in range(MOST_BRANCHES):
+            if not branches:
+                return found
+            removed, choices = self._fulfil(*branches.pop())
+            if self._rows.empties_an_axis(removed) or any(other <= removed for other in found):
+                continue
+            if not choices:
+                found.append(frozenset(removed))
+                continue
+            wanted = Counter(option for options in choices for option in options)
+            # What most clauses want is tried first, and cuts the rest short.
+            for option in sorted(min(choices, key=len), key=wanted.__getitem__):
+                branches += [({*removed, option}, [option], choices)]
+        raise TooManyBranchesError
+
+    def _fulfil(
+        self, removed: set[int], fresh: list[int], choices: list[Removal]
+    ) -> tuple[set[int], list[Removal]]:
+        """Follow the clauses of `fresh` rows that leave no choice; return what goes, and the choices that are left."""
+        choices = list(choices)
         while fresh:
             for options in self._clauses.get(fresh.pop(), ()):
-                if options & removed:
-                    continue
-                if len(options) == 1:
-                    removed |= options
-                    fresh.extend(options)
-                else:
-                    choices.append(options)
-        if self._rows.empties_an_axis(removed):
-            return
-        choices = [options for options in choices if not options & removed]
-        if not choices:
-            yield frozenset(removed)
-            return
-        for option in choices[0]:
-            yield from self._follow({*removed, option}, [option], list(choices[1:]))
+                if not options & removed:
+                    if len(options) == 1:
+                        removed |= options
+                        fresh.extend(options)
+                    else:
+                        choices.append(options)
+        return removed, [options for options in choices if not options & removed]
 
 
 def _smallest(removals: Iterable[Removal]) -> set[Removal]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from brute_force_rows import Numbers, Rows
+from brute_force_rows import Rows
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -74,7 +74,9 @@ def calls_of(program: ExportedProgram, free: set[str]) -> list[Call]:
         named = _named_arguments(node)
         positions = iter(range(100))
 
-        def name(source: fx.Node, node: fx.Node = node, alone: bool = alone, positions: Any = positions) -> Any:
+        def name(
+            source: fx.Node, node: fx.Node = node, alone: bool = alone, positions: Any = positions
+        ) -> Any:
             own = name_of(source)
             return Name(own if alone or own not in free else f"{own}@{node.name}.{next(positions)}")
 
@@ -128,7 +130,9 @@ def rows_of(program: ExportedProgram, weights: Mapping[str, Tensor]) -> Rows:
 
 def _state(rows: Rows, call: Call) -> None:
     examples = call.node.meta["val"]
-    for name, example in zip(call.results, [examples] if isinstance(examples, Tensor) else examples, strict=True):
+    for name, example in zip(
+        call.results, [examples] if isinstance(examples, Tensor) else examples, strict=True
+    ):
         rows.add(name, example.shape)
     for name in operands(call):
         if "@" in name:
@@ -265,7 +269,9 @@ def _norm(rows: Rows, call: Call) -> None:
 def _group_norm(rows: Rows, call: Call) -> None:
     batch, channels, *rest = rows.shapes[call["input"]]
     split = (call["num_groups"], channels // call["num_groups"])
-    inward, outward = (_reshaped(rows, name, (batch, *split, *rest)) for name in (call["input"], *call.results))
+    inward, outward = (
+        _reshaped(rows, name, (batch, *split, *rest)) for name in (call["input"], *call.results)
+    )
     for axis in range(len(rest) + 3):
         rows.same(inward, axis, outward, axis)
     for name in (call["weight"], call["bias"]):

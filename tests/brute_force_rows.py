@@ -108,7 +108,9 @@ class Rows:
         for left, right in self._clauses:
             goes = ~self._stays[left]
             for row, options in zip(left[goes].tolist(), right[goes].tolist(), strict=True):
-                found[row].add(frozenset(option for option in options if option >= 0 and not self._stays[option]))
+                found[row].add(
+                    frozenset(option for option in options if option >= 0 and not self._stays[option])
+                )
         return {row: sorted(options, key=len) for row, options in found.items()}
 
     def seeds(self) -> Iterator[int]:

@@ -33,7 +33,11 @@ class Runner:
     """
 
     def __init__(
-        self, program: ExportedProgram, rows: Rows, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+        self,
+        program: ExportedProgram,
+        rows: Rows,
+        weights: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
     ) -> None:
         self._rows = rows
         self._calls = calls_of(program, set(rows.free))
@@ -91,10 +95,14 @@ class Runner:
 
     def _call(self, call: Call, values: dict[str, Tensor], order: Order) -> list[Tensor]:
         if not any((name, axis) in order for name in operands(call) for axis in range(values[name].dim())):
-            return [self._left(name, t, order) for name, t in zip(call.results, run(call, values), strict=True)]
+            return [
+                self._left(name, t, order) for name, t in zip(call.results, run(call, values), strict=True)
+            ]
         if call.operator in MOVES:
             whole = {name: self._in_place(name, values[name], order) for name in operands(call)}
-            return [self._left(name, t, order) for name, t in zip(call.results, run(call, whole), strict=True)]
+            return [
+                self._left(name, t, order) for name, t in zip(call.results, run(call, whole), strict=True)
+            ]
         special = SPECIAL.get(call.operator)
         if special is None:
             return run(call, values)
@@ -105,7 +113,11 @@ class Runner:
             if (name, axis) in order:
                 shape = list(tensor.shape)
                 shape[axis] = self._size((name, axis))
-                whole = tensor.new_full(shape, math.nan) if tensor.is_floating_point() else tensor.new_zeros(shape)
+                whole = (
+                    tensor.new_full(shape, math.nan)
+                    if tensor.is_floating_point()
+                    else tensor.new_zeros(shape)
+                )
                 tensor = whole.index_copy(axis, order[name, axis], tensor)
         return tensor
 

@@ -16,7 +16,7 @@ from network_strategies import networks
 from torch import Tensor, nn
 
 from graphprune.coupling.groups import Member, NodeGroup, NodeGroups, node_groups
-from graphprune.trace.fx import trace
+from graphprune.trace.model import trace
 
 Units = dict[frozenset[Slice], str]
 
@@ -58,13 +58,22 @@ class Examined:
 def examine(network: Network) -> Examined:
     """Trace a network, once for all properties."""
     model, inputs = build(network), inputs_of(network)
-    return Examined(network, model, inputs, node_groups(trace(model, inputs)))
+    return Examined(network, model, inputs, node_groups(trace(model, inputs, dynamic=False)))
 
 
-def over_networks(property_of: Callable[[Network], None]) -> Callable[[], None]:
-    """State a property of all generated networks; the same ones for every property, so that each is traced once."""
-    lenient = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-    return seed(20)(lenient(given(networks())(property_of)))
+def over_networks(share: int = 1) -> Callable[[Callable[[Network], None]], Callable[[], None]]:
+    """State a property of generated networks.
+
+    They are the same ones for every property, so that each is traced once.
+
+    Args:
+        share: One of how many of the profile's examples to take, for what only shows that mistakes are found.
+    """
+    lenient = settings(
+        max_examples=max(1, settings.default.max_examples // share),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    return lambda property_of: seed(20)(lenient(given(networks())(property_of)))
 
 
 def units_of(groups: NodeGroups, chosen: Callable[[NodeGroup], bool]) -> Units:
@@ -76,7 +85,7 @@ def units_of(groups: NodeGroups, chosen: Callable[[NodeGroup], bool]) -> Units:
                 (member.parameter, member.axis, int(index))
                 for member in group.members
                 if member.role == "parameter"
-                for index in groups.indices(group, member, unit)
+                for index in group.indices(member, unit)
             )
             if slices:
                 found[slices] = group.name
@@ -86,7 +95,9 @@ def units_of(groups: NodeGroups, chosen: Callable[[NodeGroup], bool]) -> Units:
 def run(examined: Examined, weights: Mapping[str, Tensor]) -> Tensor:
     """Run a network's own module on other weights of the same shapes."""
     with torch.no_grad():
-        return torch.func.functional_call(examined.model, dict(weights), (), dict(examined.inputs), tie_weights=False)
+        return torch.func.functional_call(
+            examined.model, dict(weights), (), dict(examined.inputs), tie_weights=False
+        )
 
 
 def change(
@@ -99,7 +110,7 @@ def change(
     tied = examined.groups.graph.tied
     for group in groups:
         for member in group.members:
-            owner = examined.groups.owner(group, member)
+            owner = group.owner(member)
             for name in weights:
                 if tied.get(name, name) == member.parameter:
                     weights[name] = changed(group, member, weights[name], owner)

@@ -137,7 +137,9 @@ def _by_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _repeated(x: Tensor, times: int) -> Tensor:
     batch, heads, length, width = x.shape
-    return x[:, :, None].expand(batch, heads, times, length, width).reshape(batch, heads * times, length, width)
+    return (
+        x[:, :, None].expand(batch, heads, times, length, width).reshape(batch, heads * times, length, width)
+    )
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, settings: Attention) -> Tensor:

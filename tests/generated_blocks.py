@@ -123,7 +123,9 @@ class Norm:
         if self.kind == "rms":
             return nn.RMSNorm(width, eps=1e-5)
         if self.kind in ("batch", "group"):
-            return ChannelNorm(nn.BatchNorm1d(width) if self.kind == "batch" else nn.GroupNorm(self.groups, width))
+            return ChannelNorm(
+                nn.BatchNorm1d(width) if self.kind == "batch" else nn.GroupNorm(self.groups, width)
+            )
         return WrittenNorm(width, centred=self.kind == "written layer")
 
 
@@ -210,11 +212,12 @@ class CutLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         sizes = self.settings.sizes
         if self.settings.sliced:
-            starts = [sum(sizes[:i]) for i in range(len(sizes))]
-            pieces = [x[..., start : start + size] for start, size in zip(starts, sizes)]
+            starts = [sum(sizes[:piece]) for piece in range(len(sizes))]
+            pieces = [x[..., starts[piece] : starts[piece] + sizes[piece]] for piece in self.settings.chosen]
         else:
-            pieces = list(x.split(list(sizes), -1))
-        return torch.cat([pieces[piece] for piece in self.settings.chosen], -1)
+            split = x.split(list(sizes), -1)
+            pieces = [split[piece] for piece in self.settings.chosen]
+        return torch.cat(pieces, -1)
 
 
 @dataclass(frozen=True)

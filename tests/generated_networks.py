@@ -106,7 +106,9 @@ class Generated(nn.Module):
     def __init__(self, network: Network, name: Callable[[int], str]) -> None:
         super().__init__()
         self.network = network
-        self.embed = nn.Embedding(TOKENS, network.width) if network.tokens else nn.Linear(FEATURES, network.width)
+        self.embed = (
+            nn.Embedding(TOKENS, network.width) if network.tokens else nn.Linear(FEATURES, network.width)
+        )
         self.names: list[str] = []
         widths = network.widths
         for position, node in enumerate(network.nodes):
@@ -115,7 +117,9 @@ class Generated(nn.Module):
             if node.shares is None:
                 incoming = merged_width([widths[source] for source in node.sources], node.merge)
                 self.add_module(own, node.block.module(incoming))
-        self.head = nn.Linear(sum(widths[leaf] for leaf in network.leaves), TOKENS if network.tied else OUTPUTS)
+        self.head = nn.Linear(
+            sum(widths[leaf] for leaf in network.leaves), TOKENS if network.tied else OUTPUTS
+        )
         if network.tied:
             self.head.weight = self.embed.weight
         turned = {node.block.turned for node in network.nodes if isinstance(node.block, Attention)} - {0}
@@ -137,7 +141,8 @@ class Generated(nn.Module):
         """Cosines and sines that all layers share."""
         positions = torch.arange(length)
         angles = {
-            width: positions[:, None] * self.get_buffer(f"frequencies{width}")[None, :] for width in self.turned
+            width: positions[:, None] * self.get_buffer(f"frequencies{width}")[None, :]
+            for width in self.turned
         }
         return {width: (angle.cos(), angle.sin()) for width, angle in angles.items()}
 

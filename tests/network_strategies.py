@@ -21,7 +21,12 @@ def networks(draw: DrawFn, most_nodes: int = 5, widths: tuple[int, ...] = WIDTHS
     """Networks of up to `most_nodes` nodes over values of `widths` and what follows from them."""
     tokens = draw(st.booleans())
     network = Network(
-        tokens, False, draw(st.sampled_from(widths)), (), draw(st.sampled_from([5, 7])), draw(st.integers(0, 99))
+        tokens,
+        False,
+        draw(st.sampled_from(widths)),
+        (),
+        draw(st.sampled_from([5, 7])),
+        draw(st.integers(0, 99)),
     )
     for _ in range(draw(st.integers(1, most_nodes))):
         network = replace(network, nodes=(*network.nodes, draw(_nodes(network, widths))))
@@ -133,7 +138,7 @@ def _cuts(draw: DrawFn, width: int) -> Cut:
     sizes = tuple(b - a for a, b in itertools.pairwise([0, *ends, width]))
     order = draw(st.permutations(range(count)))
     chosen = tuple(order[: draw(st.integers(1, count))])
-    if sum(sizes[piece] for piece in chosen) < 3:
+    if sum(sizes[piece] for piece in chosen) < 3 or 1 in [sizes[piece] for piece in order[len(chosen) :]]:
         chosen = tuple(order)
     return Cut(sizes, chosen, draw(st.booleans()))
 

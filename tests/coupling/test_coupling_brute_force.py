@@ -9,12 +9,11 @@ from examined_networks import Examined, Units, examine, units_of
 from generated_attention import Attention
 from generated_blocks import Convolution, Cut, Gated, Ladder, Linear, Norm, Rearranged
 from generated_networks import Network, Node
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from network_strategies import SMALL_WIDTHS, networks
 
-# Where the engine may say less than the search: by an operator without a rule, and by a norm that only a rescaled
-# weight and eps could keep exact.
-REASONS_TO_KEEP = ("has no rule", "the fused RMSNorm")
+# Where the engine may say less than the search: it has no rule, or layouts of which only some indices fit together.
+REASONS_TO_KEEP = ("has no rule", "no common refinement")
 
 
 def search(examined: Examined) -> tuple[set[frozenset[Slice]], set[frozenset[Slice]]]:
@@ -22,7 +21,8 @@ def search(examined: Examined) -> tuple[set[frozenset[Slice]], set[frozenset[Sli
     tied, groups = examined.groups.graph.tied, examined.groups
     units = brute_force.units_of(groups.graph.program, dict(examined.weights_by_identity), examined.inputs)
     named = {
-        unit: frozenset((tied.get(name, name), axis, index) for name, axis, index in unit.slices) for unit in units
+        unit: frozenset((tied.get(name, name), axis, index) for name, axis, index in unit.slices)
+        for unit in units
     }
     return {slices for unit, slices in named.items() if unit.removable}, set(named.values())
 
@@ -35,7 +35,7 @@ def reasons(examined: Examined, slices: frozenset[Slice]) -> set[str | None]:
         for group in groups.values()
         for member in group.members
         for name, axis, index in slices
-        if (member.parameter, member.axis) == (name, axis) and groups.owner(group, member)[index] >= 0
+        if (member.parameter, member.axis) == (name, axis) and group.owner(member)[index] >= 0
     }
 
 
@@ -67,7 +67,10 @@ def agree(network: Network) -> Examined:
 @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(networks(most_nodes=3, widths=SMALL_WIDTHS))
 def test_units_are_those_of_a_brute_force_search(network):
-    agree(network)
+    try:
+        agree(network)
+    except brute_force.TooManyBranchesError:
+        reject()
 
 
 def network_of(*blocks, residual: bool = True, merge: str = "first") -> Network:
