@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 Removal = frozenset[int]
-MOST_BRANCHES = 2_000
+MOST_BRANCHES = 1_000
 
 
 class TooManyBranchesError(Exception):
