@@ -16,8 +16,8 @@ from tiny_models import Traced, tiny_llama, traced
 
 from graphprune.source.adapters import attach_adapters
 
-settings.register_profile("graphprune", deadline=None, derandomize=True, max_examples=50)
-settings.register_profile("deep", deadline=None, max_examples=1000)
+settings.register_profile("graphprune", deadline=None, derandomize=True, max_examples=200)
+settings.register_profile("deep", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "graphprune"))
 
 
