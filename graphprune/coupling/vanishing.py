@@ -86,6 +86,8 @@ class _Zeros:
             return self._of_product(operator, operands) & spanned
         if how == "all":
             return spanned.intersection(*(self.along(value) for value in operands))
+        if how == "affine":
+            return self._of_affine(operator) & spanned
         if how == "each":
             missed = _NONE.union(*(self._spanned(value) - self.along(value) for value in operands))
             return (spanned & _NONE.union(*(self._spanned(value) for value in operands))) - missed
@@ -99,6 +101,14 @@ class _Zeros:
             return _NONE.union(*(self.along(value) for value in operands))
         factors = (self.along(value) for value in operands if value is not added)
         return _NONE.union(*factors) & self.along(added)
+
+    def _of_affine(self, operator: Operator) -> Atoms:
+        """A norm's result is zero where both its weight and its bias are."""
+        weight = operator["weight"] or operator["scale"] or operator["Scale"]
+        bias = operator["bias"] or operator["B"]
+        if not isinstance(weight, Value) or not isinstance(bias, Value):
+            return _NONE
+        return self.along(weight) & self.along(bias)
 
     def _spanned(self, value: Value) -> Atoms:
         """Return the watched atoms that a value's axes hold."""

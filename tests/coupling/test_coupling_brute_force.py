@@ -132,3 +132,10 @@ def test_units_of_well_known_blocks(case):
     for group in examined.prunable:
         found[group.size] = found.get(group.size, 0) + 1
     assert found == expected
+
+
+def test_what_one_norm_scales_to_zero_another_may_sum_over():
+    """BatchNorm with a weight and a bias of zero makes its channel zero, whatever its mean was."""
+    nodes = (Node((0,), "first", Norm("batch"), False), Node((1,), "first", Norm("rms"), False))
+    examined = agree(Network(False, False, 6, nodes, 5, 0))
+    assert 6 in {group.size for group in examined.prunable}

@@ -7,7 +7,7 @@ from graphprune.coupling.rules.registry import rule
 from graphprune.trace.graph import Operator
 
 
-@rule("aten.layer_norm")
+@rule("aten.layer_norm", vanishes="affine")
 def layer_norm(operator: Operator, algebra: Algebra) -> Axes:
     """Centre and scale along the last axes: no rescaling makes up for a missing unit."""
     axes = algebra[operator["input"]]
@@ -32,7 +32,7 @@ def rms_norm(operator: Operator, algebra: Algebra) -> Axes:
     return list(axes)
 
 
-@rule("aten.batch_norm", "aten.instance_norm")
+@rule("aten.batch_norm", "aten.instance_norm", vanishes="affine")
 def batch_norm(operator: Operator, algebra: Algebra) -> Axes:
     """Scale each channel for itself."""
     axes = algebra[operator["input"]]
@@ -40,7 +40,7 @@ def batch_norm(operator: Operator, algebra: Algebra) -> Axes:
     return list(axes)
 
 
-@rule("aten.group_norm")
+@rule("aten.group_norm", vanishes="affine")
 def group_norm(operator: Operator, algebra: Algebra) -> Axes:
     """Centre and scale within groups of channels: whole groups may go, a channel of each may not."""
     source, count = operator["input"], operator["num_groups"]

@@ -34,7 +34,7 @@ def normalised(operator: Operator, algebra: Algebra) -> Axes:
     return softmax(asking(operator, self=operator["input"], dim=operator["axis"]), algebra)
 
 
-@rule("onnx.LayerNormalization")
+@rule("onnx.LayerNormalization", vanishes="affine")
 def layer_normalization(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     """Centre and scale along the last axes."""
     return _centred(operator, algebra, operator["X"], operator["Scale"], operator["B"])
@@ -64,7 +64,7 @@ def skip_rms_normalization(operator: Operator, algebra: Algebra) -> tuple[Axes, 
     return _scaled(operator, algebra, _added(operator, algebra), operator["gamma"])
 
 
-@rule("onnx.BatchNormalization")
+@rule("onnx.BatchNormalization", vanishes="affine")
 def batch_normalization(operator: Operator, algebra: Algebra) -> tuple[Axes, ...]:
     """Scale each channel for itself."""
     mean, variance = operator["input_mean"], operator["input_var"]

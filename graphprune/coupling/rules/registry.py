@@ -15,9 +15,10 @@ from graphprune.trace.graph import Operator
 
 Rule = Callable[[Operator, Algebra], "Axes | tuple[Axes, ...]"]
 R = TypeVar("R", bound=Rule)
-Vanishing = Literal["any", "all", "each", "first", "value", "zero", "never"]
+Vanishing = Literal["any", "all", "each", "first", "value", "affine", "zero", "never"]
 """When the result of an operator is zero along a unit: if any operand is (products), if all are (sums), if each
-operand that has the unit is (concatenations), if the first or the one named ``value`` is, always, never."""
+operand that has the unit is (concatenations), if the first or the one named ``value`` is, if a norm's own weight and
+bias are, always, never."""
 
 _FAMILIES = (
     "arrangement",
