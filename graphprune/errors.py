@@ -6,6 +6,8 @@ The command line prints the message alone and exits with the class's `exit_code`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class GraphPruneError(Exception):
     """Base of everything that graphprune raises on purpose.
@@ -57,6 +59,16 @@ class NothingPrunableError(GraphPruneError, ValueError):
     """No group may lose a unit; the message lists the reasons."""
 
     exit_code = 3
+
+    @classmethod
+    def because(cls, reasons: Sequence[str]) -> NothingPrunableError:
+        """Return the error that lists each of `reasons`, one for each group, once; at most eight of them."""
+        distinct = list(dict.fromkeys(reasons))
+        more = [f"and {len(distinct) - 8} more"] if len(distinct) > 8 else []
+        return cls(
+            "\n  - ".join((f"none of the {len(reasons)} node groups may lose units", *distinct[:8], *more)),
+            "an operator that has no rule yet can be given one: graphprune.rule",
+        )
 
 
 class BudgetError(GraphPruneError, ValueError):

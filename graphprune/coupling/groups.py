@@ -17,7 +17,7 @@ from graphprune.coupling.analysis import analyze
 from graphprune.coupling.kinds import Kind, infer_kind
 from graphprune.coupling.layout import Layout, atoms_of, find
 from graphprune.coupling.selection import Indices, Selection, select, unit_of_index
-from graphprune.errors import CouplingError
+from graphprune.errors import CouplingError, NothingPrunableError
 from graphprune.trace.graph import Operator, OperatorGraph
 
 
@@ -117,6 +117,17 @@ class NodeGroups(Mapping[str, NodeGroup]):
 
     def __len__(self) -> int:
         return len(self._groups)
+
+    def prunable(self) -> tuple[NodeGroup, ...]:
+        """Return the groups that may lose units.
+
+        Raises:
+            NothingPrunableError: If there are none; with the reasons.
+        """
+        found = tuple(group for group in self.values() if group.prunable)
+        if not found:
+            raise NothingPrunableError.because([group.reason or "" for group in self.values()])
+        return found
 
     def axes(self, value_name: str) -> Axes | None:
         """Return the layouts of a weight's or an activation's axes, or None if no operator touched it."""

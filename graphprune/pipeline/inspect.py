@@ -17,11 +17,8 @@ from graphprune.errors import NothingPrunableError, SourceError
 from graphprune.files import write_json
 from graphprune.report.group_document import Document, group_document
 from graphprune.report.group_files import write_groups
-from graphprune.source.model import ModelSource, example_inputs, find_model, load_model
+from graphprune.source.model import ModelSource, example_inputs, find_model, load_model, model_class
 from graphprune.trace.model import trace
-
-# So many reasons are listed where nothing may go; groups.json has them all.
-_REASONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +40,8 @@ class Inspection:
             NothingPrunableError: With the reasons.
         """
         groups = self.document["groups"]
-        if any(row["prunable"] for row in groups):
-            return
-        reasons = list(dict.fromkeys(row["reason"] for row in groups))
-        listed = [
-            *reasons[:_REASONS],
-            *([f"and {len(reasons) - _REASONS} more"] if len(reasons) > _REASONS else []),
-        ]
-        raise NothingPrunableError(
-            "\n  - ".join(
-                (f"none of the {len(groups)} node groups of {self.document['model']} may lose units", *listed)
-            ),
-            "an operator that has no rule yet can be given one: graphprune.rule",
-        )
+        if not any(row["prunable"] for row in groups):
+            raise NothingPrunableError.because([row["reason"] for row in groups])
 
 
 def inspect(reference: str, folder: Path, *, certified: bool = False) -> Inspection:
@@ -97,7 +83,7 @@ def _groups_of_onnx(path: Path) -> NodeGroups:
 
 def _with_weights(reference: str) -> tuple[str, nn.Module]:
     source = find_model(reference)
-    return source.name, load_model(source, torch.float32)
+    return source.name, load_model(source, torch.float32, model_class(_opened(source)))
 
 
 def _without_weights(reference: str, path: Path) -> tuple[str, nn.Module]:
@@ -106,11 +92,12 @@ def _without_weights(reference: str, path: Path) -> tuple[str, nn.Module]:
     config = _opened(source)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            kind = model_class(config)
+            model = kind.from_config(config) if kind is AutoModelForCausalLM else kind(config)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise SourceError(
-            f"no causal language model can be built from {source.location}: {_first_line(error)}",
-            "give the configuration of a causal language model that stock transformers knows",
+            f"no model can be built from {source.location}: {_first_line(error)}",
+            "give the configuration of a model that stock transformers knows",
         ) from error
     return source.name, model.eval()
 

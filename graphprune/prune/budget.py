@@ -132,7 +132,8 @@ def _families(
         members.setdefault((group.kind, group.size), []).append(group)
     families = []
     for (kind, size), same in members.items():
-        kept = [k for k in range(1, size) if k % multiple.get(kind, 1) == 0]
+        least = max(group.minimum for group in same)
+        kept = [k for k in range(least, size) if k % multiple.get(kind, 1) == 0]
         choices = (0, *sorted(size - k for k in kept))
         lost = np.zeros(size + 1)
         for group in same:

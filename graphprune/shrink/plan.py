@@ -23,9 +23,11 @@ class Plan(Mapping[str, tuple[int, ...]]):
 
     Args:
         removed: Units to remove, by group name.
+        whole: Whether a group may lose all its units: what it computes is then gone, biases behind it stay.
     """
 
     removed: Mapping[str, Sequence[int]]
+    whole: bool = False
 
     def __post_init__(self) -> None:
         cleaned = {name: tuple(sorted({int(unit) for unit in units})) for name, units in self.removed.items()}
@@ -60,10 +62,14 @@ class Plan(Mapping[str, tuple[int, ...]]):
                     f"which has {group.size}",
                     "make the plan for this very model",
                 )
+            if self.whole and group.minimum == 1:
+                continue
             if group.size - len(units) < group.minimum:
                 raise ShrinkError(
                     f"the plan leaves {group.size - len(units)} of {group.size} units of '{name}'",
-                    "keep at least one" if group.minimum == 1 else f"a top-k picks {group.minimum} of them",
+                    "keep at least one, or say Plan(..., whole=True) to remove the block on purpose"
+                    if group.minimum == 1
+                    else f"a top-k picks {group.minimum} of them",
                 )
 
     def kept(self, groups: NodeGroups) -> dict[str, Indices]:
@@ -76,13 +82,12 @@ class Plan(Mapping[str, tuple[int, ...]]):
         for name, units in later.items():
             survivors = np.setdiff1d(np.arange(groups[name].size), list(removed.get(name, ())))
             removed.setdefault(name, set()).update(int(survivors[unit]) for unit in units)
-        return Plan({name: sorted(units) for name, units in removed.items()})
+        return Plan({name: sorted(units) for name, units in removed.items()}, self.whole or later.whole)
 
     def save(self, path: Path, **extra: object) -> None:
         """Write the plan as JSON; `extra` keys stand beside it."""
-        write_json(
-            path, {"schema": SCHEMA, "removed": {name: list(units) for name, units in self.items()}, **extra}
-        )
+        removed = {name: list(units) for name, units in self.items()}
+        write_json(path, {"schema": SCHEMA, "removed": removed, "whole": self.whole, **extra})
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -95,7 +100,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {content['schema']}")
-            return cls(content["removed"])
+            return cls(content["removed"], bool(content.get("whole", False)))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecipeError(
                 f"{path} is not a plan: {error}", f"give a JSON file with schema {SCHEMA} and units by group"

@@ -66,7 +66,7 @@ def shape(sizes: Sizes, node: fx.Node) -> None:
         return
     wanted = list(argument(node, name))
     for position, axis in enumerate(sizes.axes(node)):
-        if sizes.touches(axis) and wanted[position] != -1:
+        if sizes.touches(axis):
             wanted[position] = sizes.size(axis)
     set_argument(node, name, wanted)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -62,14 +64,16 @@ def find_model(reference: str) -> ModelSource:
     )
 
 
-def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Load a causal language model in evaluation mode, frozen.
+def load_model(
+    source: ModelSource, dtype: torch.dtype = torch.float32, kind: Any = AutoModelForCausalLM
+) -> nn.Module:
+    """Load a model in evaluation mode, frozen; a causal language model, unless another class is given.
 
     Raises:
         SourceError: If transformers cannot open it.
     """
     transformers_logging.disable_progress_bar()
-    model = _open(source, AutoModelForCausalLM, dtype=dtype, use_safetensors=True)
+    model = _open(source, kind, dtype=dtype, use_safetensors=True)
     model.eval()
     model.requires_grad_(False)
     return model
@@ -112,7 +116,34 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def example_inputs(model: nn.Module) -> dict[str, Any]:
-    """Return inputs to trace a causal language model with: 2 × 11 tokens, no cache."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    return {"input_ids": (torch.arange(22) % vocabulary).reshape(2, 11), "use_cache": False}
+def model_class(config: Any) -> Any:
+    """Return the transformers class that a configuration names, or the one of causal language models."""
+    named = (getattr(config, "architectures", None) or [""])[0]
+    return getattr(transformers, named, None) or AutoModelForCausalLM
+
+
+def example_inputs(model: Any) -> dict[str, Any]:
+    """Return inputs to trace a transformers model with: 2 × 11 tokens and no cache, or two pictures.
+
+    Raises:
+        SourceError: If the model reads something else.
+    """
+    config, reads = model.config, getattr(model, "main_input_name", "input_ids")
+    if reads == "pixel_values":
+        side = getattr(config, "image_size", 224)
+        height, width = side if isinstance(side, (list, tuple)) else (side, side)
+        return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width)}
+    if reads != "input_ids":
+        raise SourceError(
+            f"{type(model).__name__} reads '{reads}', for which there is no example",
+            "trace it in Python, with inputs of your own: graphprune.trace(model, inputs)",
+        )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = (torch.arange(22) % vocabulary).reshape(2, 11)
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = tokens[:, :7]
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT hides the signature
+    if "use_cache" in inspect.signature(inner.forward).parameters:
+        inputs["use_cache"] = False
+    return inputs

@@ -202,3 +202,17 @@ def test_an_optimizer_of_another_model_is_refused():
     small = shrink(model, groups, Plan({}), inputs)
     with pytest.raises(ShrinkError, match="lacks"):
         shrink_optimizer(torch.optim.SGD(Stacked().parameters(), lr=0.1), model, small, groups, Plan({}))
+
+
+@pytest.mark.parametrize("kind", ["ffn", "attention_heads"])
+@pytest.mark.parametrize("form", ["graph", "auto"])
+def test_a_whole_block_goes_only_on_purpose(llama, kind, form):
+    name = of_kind(llama.groups, kind)[0]
+    units = range(llama.groups[name].size)
+    with pytest.raises(ShrinkError, match="on purpose"):
+        shrink(llama.model, llama.groups, Plan({name: units}), form=form)
+    plan = Plan({name: units}, whole=True)
+    small = shrink(llama.model, llama.groups, plan, form=form)
+    with torch.no_grad():
+        expected = zeroed(llama.model, llama.groups, plan)(**llama.inputs).logits
+        torch.testing.assert_close(small(**llama.inputs).logits, expected, atol=2e-5, rtol=1e-4)
