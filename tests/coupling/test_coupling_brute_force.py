@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import brute_force
+import numpy as np
 import pytest
 from brute_force_rows import Slice
 from examined_networks import Examined, Units, examine, units_of
 from generated_attention import Attention
-from generated_blocks import Convolution, Cut, Gated, Ladder, Linear, Norm, Rearranged
+from generated_blocks import Activation, Convolution, Cut, Gated, Ladder, Linear, Norm, Rearranged
 from generated_networks import Network, Node
 from hypothesis import HealthCheck, given, reject, settings
 from network_strategies import SMALL_WIDTHS, networks
@@ -39,11 +40,23 @@ def reasons(examined: Examined, slices: frozenset[Slice]) -> set[str | None]:
     }
 
 
+def is_the_only_one(examined: Examined, slices: frozenset[Slice]) -> bool:
+    """Whether a unit is a segment of one index: a group of one unit, which never loses it."""
+    groups = examined.groups
+    places = {(name, axis): groups.segments(groups.axes(name)[axis]) for name, axis, _ in slices}
+    starts = {place: np.cumsum([0, *(segment.size for segment in found)]) for place, found in places.items()}
+    return all(
+        places[name, axis][int(np.searchsorted(starts[name, axis], index, side="right")) - 1].size == 1
+        for name, axis, index in slices
+    )
+
+
 def unexplained(examined: Examined, lost: set[frozenset[Slice]]) -> list[list[Slice]]:
     return [
         sorted(slices)
         for slices in lost
-        if not any(why in str(reason) for reason in reasons(examined, slices) for why in REASONS_TO_KEEP)
+        if not is_the_only_one(examined, slices)
+        and not any(why in str(reason) for reason in reasons(examined, slices) for why in REASONS_TO_KEEP)
     ]
 
 
@@ -139,3 +152,10 @@ def test_what_one_norm_scales_to_zero_another_may_sum_over():
     nodes = (Node((0,), "first", Norm("batch"), False), Node((1,), "first", Norm("rms"), False))
     examined = agree(Network(False, False, 6, nodes, 5, 0))
     assert 6 in {group.size for group in examined.prunable}
+
+
+def test_a_segment_of_one_index_is_a_group_that_never_loses_it():
+    cut = Cut((2, 3, 7), (1,), True)
+    nodes = (Node((0,), "first", Activation("relu"), False), Node((1, 0), "concat", cut, False))
+    examined = agree(Network(False, False, 6, nodes, 5, 0))
+    assert sorted(group.size for group in examined.prunable) == [2, 3]
