@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graphprune.coupling.rules import rule as rule
     from graphprune.prune.lhspg import LHSPG as LHSPG
     from graphprune.shrink.model import shrink as shrink
+    from graphprune.shrink.optimizer import shrink_optimizer as shrink_optimizer
     from graphprune.shrink.plan import Plan as Plan
     from graphprune.trace.model import trace as trace
 
@@ -29,11 +30,22 @@ _HOME = {
     "node_groups": "graphprune.coupling.groups",
     "rule": "graphprune.coupling.rules",
     "shrink": "graphprune.shrink",
+    "shrink_optimizer": "graphprune.shrink.optimizer",
     "trace": "graphprune.trace",
 }
 _PACKAGES = ("certify", "shrink", "trace")  # called like the function that they are named after
 
-__all__ = ["LHSPG", "NodeGroup", "Plan", "certify", "node_groups", "rule", "shrink", "trace"]
+__all__ = [
+    "LHSPG",
+    "NodeGroup",
+    "Plan",
+    "certify",
+    "node_groups",
+    "rule",
+    "shrink",
+    "shrink_optimizer",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:

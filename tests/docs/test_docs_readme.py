@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tiny_models import tiny_llama
+from torch import nn
 
+import graphprune as gp
 from graphprune.source.model import example_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -27,15 +31,45 @@ def test_the_library_snippet_runs():
     assert model.model.layers[0].mlp.gate_proj.out_features == 48
 
 
-def test_the_rule_that_the_readme_shows_registers():
+@pytest.fixture
+def rules():
     from graphprune.coupling.rules import registry
 
+    before = dict(registry._ENTRIES)
+    yield registry
+    registry._ENTRIES.clear()
+    registry._ENTRIES.update(before)
+    registry._entry.cache_clear()
+
+
+def test_the_rule_that_the_readme_shows_registers(rules):
     code = next(code for code in snippets(ROOT / "README.md") if "@gp.rule" in code)
-    try:
-        exec("import graphprune as gp\n" + code, {})
-        assert registry.rule_for("mylib.scale_rows.default") is not None
-    finally:
-        registry._ENTRIES.pop("mylib.scale_rows.default", None)
+    exec("import graphprune as gp\n" + code, {})
+    assert rules.rule_for("mylib.scale_rows.default") is not None
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.scale = nn.Linear(4, 9), nn.Linear(9, 3), nn.Parameter(torch.rand(9) + 0.5)
+
+    def forward(self, x):
+        return self.down(torch.ops.mylib.scale_rows(self.up(x), self.scale))
+
+
+def test_an_operator_of_ones_own_gets_a_rule_by_the_engines_readme(rules):
+    (code,) = snippets(ROOT / "graphprune" / "coupling" / "README.md")
+    definition, rule = code.split("@gp.rule")
+    names: dict[str, Any] = {}
+    exec(definition, names)
+    model, inputs = Scaled(), {"x": torch.randn(5, 4)}
+    graph = gp.trace(model, inputs)
+    width = next(group for group in gp.node_groups(graph).values() if group.size == 9)
+    assert width.reason == "operator mylib.scale_rows.default has no rule"
+    exec("@gp.rule" + rule, names)
+    groups = gp.node_groups(graph)
+    assert [group.size for group in groups.prunable()] == [9]
+    gp.certify(model, groups, inputs).raise_if_failed()
 
 
 def test_the_snippet_of_quant_runs(tmp_path, monkeypatch, capsys):
