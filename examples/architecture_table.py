@@ -72,11 +72,9 @@ def listed(forms: dict[str, str], form: str) -> str:
 def onnx_agreement(model: Any, groups: NodeGroups, inputs: dict[str, Any]) -> str:
     """Export to ONNX, read the file, and compare its prunable groups with torch's by kind and size."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        try:
-            torch.onnx.export(groups.graph.program, f=path, dynamo=True, opset_version=18, verbose=False)
-        except Exception as error:  # whatever the exporter raises is its answer
-            return f"torch's exporter fails ({type(error).__name__})"
+        path = exported(model, groups, inputs, Path(folder) / "model.onnx")
+        if path is None:
+            return "torch's exporter fails"
         other = gp.node_groups(gp.trace(path))
     ours, theirs = (
         Counter((g.kind, g.size) for g in found.values() if g.prunable) for found in (groups, other)
@@ -89,6 +87,18 @@ def onnx_agreement(model: Any, groups: NodeGroups, inputs: dict[str, Any]) -> st
         for word, found in (("lacks", lost), ("adds", more))
         if found
     ).replace("_", " ")
+
+
+def exported(model: Any, groups: NodeGroups, inputs: dict[str, Any], path: Path) -> Path | None:
+    """Write a model as ONNX, with open sizes where the exporter can; return None where it cannot at all."""
+    options: dict[str, Any] = {"f": path, "dynamo": True, "opset_version": 18, "verbose": False}
+    for source, given in ((groups.graph.program, {}), (model, {"kwargs": inputs})):
+        try:
+            torch.onnx.export(source, **given, **options)
+        except Exception:  # whatever it raises: the next way is tried, and the last failure is told
+            continue
+        return path
+    return None
 
 
 def main() -> None:

@@ -13,8 +13,6 @@ from graphprune.trace.graph import Operator, OperatorGraph, Value
 
 Axes = list[Layout]
 Side = Literal["produces", "consumes", "carries", "selected"]
-
-
 Meaning = Literal["units", "counts", "boundaries"]
 
 
@@ -63,8 +61,8 @@ class Algebra:
         self.solver = LayoutSolver()
         self.sides: dict[tuple[str, int], Side] = {}
         self.copies: dict[tuple[str, str], Copy] = {}
-        self._axes: dict[str, Axes] = {}
         self.sums: list[tuple[str, tuple[tuple[Value, Layout], ...]]] = []
+        self._axes: dict[str, Axes] = {}
         self._names: dict[str, Names] = {}
         self._understood: set[str] = set()
         self._weight_axes: dict[int, tuple[str, int]] = {}
@@ -117,10 +115,6 @@ class Algebra:
     def is_activation(self, value: Value) -> bool:
         """Whether a value depends on the model's inputs: a weight, transposed or not, does not."""
         return value.name in self._dependence.on_inputs
-
-    def _reads_parameters(self, operator: Operator) -> bool:
-        values = operator.outputs if operator.has_own_shape else operator.inputs
-        return any(value is not None and value.name in self._dependence.on_parameters for value in values)
 
     def __getitem__(self, value: Value) -> Axes:
         """Return the layouts of a value's axes, made on first sight."""
@@ -278,6 +272,10 @@ class Algebra:
                     self.name(output, names.meaning, names.axis)
             else:
                 self.pin(names.axis, f"{operator.target} computes with the numbers of its units")
+
+    def _reads_parameters(self, operator: Operator) -> bool:
+        values = operator.outputs if operator.has_own_shape else operator.inputs
+        return any(value is not None and value.name in self._dependence.on_parameters for value in values)
 
     def _is_new(self, atom: Layout) -> bool:
         return atom.identity >= self._first_new

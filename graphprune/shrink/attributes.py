@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -63,12 +63,18 @@ def choices(
             yield chosen
 
 
-def set_attributes(model: nn.Module, chosen: tuple[Candidate, ...]) -> None:
-    """Set the attributes of a choice."""
+def set_attributes(model: nn.Module, chosen: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+    """Set the attributes of a choice; return the choice that sets them back."""
+    before = []
     for candidate in chosen:
+        old = []
         for path, value in candidate.changes:
             module: Any = model.get_submodule(path)
-            setattr(module.config if candidate.in_config else module, candidate.attribute, value)
+            holder = module.config if candidate.in_config else module
+            old.append((path, getattr(holder, candidate.attribute)))
+            setattr(holder, candidate.attribute, value)
+        before.append(replace(candidate, changes=tuple(old)))
+    return tuple(before)
 
 
 def _candidates(model: nn.Module, groups: NodeGroups, selection: Selection) -> list[Candidate]:

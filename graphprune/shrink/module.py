@@ -46,12 +46,12 @@ def shrink_module(
     compensate_norms(small, groups, kept)
     problem = ""
     for choice in choices(model, groups, kept):
-        candidate = copy.deepcopy(small) if choice else small
-        set_attributes(candidate, choice)
-        problem_now = _difference(candidate, inputs, expected)
-        if problem_now is None:
-            return candidate
-        problem = problem or problem_now
+        before = set_attributes(small, choice)
+        wrong = _difference(small, inputs, expected)
+        if wrong is None:
+            return small
+        problem = problem or wrong
+        set_attributes(small, before)
     raise ShrinkError(
         f"{type(model).__name__}'s own code does not follow its smaller weights: {problem}",
         "take the traced graph, shrink(..., form='graph'), or prune other kinds of groups",

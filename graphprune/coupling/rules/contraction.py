@@ -69,7 +69,11 @@ def matrix_product(
     batch = algebra.align([(x[:-2], first.shape[:-2]), (y[:-2], second.shape[:-2])], shape[:-2])
     if algebra.is_activation(first) and algebra.is_activation(second):
         algebra.mark(batch, "heads")
-        algebra.mark([x[inner], y[columns]], "head_dim")
+        # Scores are contracted over the width of a head; attended values over positions, and have a width left.
+        over_positions = any(
+            atom.anchored or "softmax" in atom.marks for atom in algebra.solver.atoms(x[inner])
+        )
+        algebra.mark([y[columns] if over_positions else x[inner]], "head_dim")
     return [*batch, algebra.produce(first, rows), algebra.produce(second, columns)]
 
 
