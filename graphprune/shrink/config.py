@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import ShrinkError
 from graphprune.shrink.plan import Plan
 
 Change = tuple[str, int, int]
+_MANY = 64  # combinations to build on the meta device
 
 
 def fit_config(config: Any, model: nn.Module, groups: NodeGroups, plan: Plan) -> Any:
@@ -37,16 +38,43 @@ def fit_config(config: Any, model: nn.Module, groups: NodeGroups, plan: Plan) ->
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     candidates = _candidates(config, _resizings(groups, plan))
-    for choice in _by_size(candidates):
+    for choice in itertools.islice(_by_size(candidates), _MANY):
         changed = copy.deepcopy(config)
         for field, _, after in choice:
             setattr(changed, field, after)
-        if _shapes(changed) == wanted:
+        if _shapes(type(model), changed) == wanted:
             return changed
     raise ShrinkError(
         f"no setting of {type(config).__name__} describes the smaller model",
         "prune the same number of units from every layer (uniform layout)",
     )
+
+
+def describe(small: Any, groups: NodeGroups, plan: Plan) -> None:
+    """Let a smaller transformers model's configuration say its sizes, where it can: it then saves and loads.
+
+    Args:
+        small: The smaller model, whose configuration is changed in place; left as it is if no setting describes it.
+        groups: The node groups of the original.
+        plan: What was removed.
+    """
+    if not plan or not isinstance(small, PreTrainedModel) or not _is_uniform(groups, plan):
+        return
+    try:
+        fitted = fit_config(small.config, small, groups, plan)
+    except ShrinkError:
+        return  # layers of different widths, for one
+    for field, value in fitted.to_dict().items():
+        if getattr(small.config, field, value) != value:
+            setattr(small.config, field, value)
+
+
+def _is_uniform(groups: NodeGroups, plan: Plan) -> bool:
+    """Whether all groups of a kind and size lose the same number of units."""
+    lost: dict[tuple[str, int], set[int]] = {}
+    for group in groups.values():
+        lost.setdefault((group.kind, group.size), set()).add(len(plan.get(group.name, ())))
+    return all(len(counts) == 1 for counts in lost.values())
 
 
 def _resizings(groups: NodeGroups, plan: Plan) -> set[tuple[int, int]]:
@@ -94,10 +122,10 @@ def _by_size(candidates: list[Change]) -> Iterator[tuple[Change, ...]]:
                 yield choice
 
 
-def _shapes(config: Any) -> Mapping[str, tuple[int, ...]] | None:
+def _shapes(kind: Any, config: Any) -> Mapping[str, tuple[int, ...]] | None:
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = kind(config)
     except (ValueError, RuntimeError, TypeError, AttributeError, ZeroDivisionError):
         return None  # the class refuses this combination: not the one
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

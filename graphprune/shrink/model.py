@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import ShrinkError, ShrinkWarning
+from graphprune.shrink.config import describe
 from graphprune.shrink.module import shrink_module
 from graphprune.shrink.plan import Plan
 from graphprune.shrink.program import Program
@@ -56,14 +57,16 @@ def shrink(
     expected = resize(Program(groups.graph.program), groups, kept)(weights, inputs)[0]
     del weights
     try:
-        return shrink_module(model, groups, kept, inputs, expected)
+        small = shrink_module(model, groups, kept, inputs, expected)
+        describe(small, groups, plan)
+        return small
     except ShrinkError as error:
         if form == "module":
             raise
-        small = shrink_graph(model, groups, kept)
-        small.meta["why_a_graph"] = error.problem
+        traced = shrink_graph(model, groups, kept)
+        traced.meta["why_a_graph"] = error.problem
         warnings.warn(f"the result is the traced graph: {error.problem}", ShrinkWarning, stacklevel=2)
-        return small
+        return traced
 
 
 def _traced_inputs(groups: NodeGroups) -> Mapping[str, Any]:

@@ -216,3 +216,20 @@ def test_a_whole_block_goes_only_on_purpose(llama, kind, form):
     with torch.no_grad():
         expected = zeroed(llama.model, llama.groups, plan)(**llama.inputs).logits
         torch.testing.assert_close(small(**llama.inputs).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_module_shrunk_alike_in_all_layers_saves_and_loads(llama, tmp_path):
+    plan = Plan(
+        {name: [0, 3] for name in llama.of_kind("ffn")} | {n: [0] for n in llama.of_kind("query_heads")}
+    )
+    small = shrink(llama.model, llama.groups, plan, form="module")
+    assert llama.model.config.intermediate_size == 48
+    small.save_pretrained(tmp_path)
+    again = type(llama.model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**llama.inputs).logits, small(**llama.inputs).logits)
+
+
+def test_widths_that_differ_between_layers_leave_the_configuration_alone(llama):
+    plan = Plan({llama.of_kind("ffn")[0]: [0, 3]})
+    assert shrink(llama.model, llama.groups, plan, form="module").config.intermediate_size == 48
