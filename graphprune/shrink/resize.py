@@ -55,6 +55,7 @@ def resize_graph(
         if resizer is not None:
             resizer(sizes, node)
         sizes.select_operands(node)
+    module.graph.eliminate_dead_code()  # what was traced for nothing has no layouts, and keeps its old sizes
     module.graph.lint()
     module.recompile()
 

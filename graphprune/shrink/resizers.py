@@ -182,7 +182,7 @@ def _total(sizes: Sizes, axes: Any) -> int:
 def mean(sizes: Sizes, node: fx.Node) -> None:
     """Keep the divisor: a missing unit counts as zero."""
     axes, dims = sizes.axes(node.args[0], reader=node), argument(node, "dim")
-    averaged = [axes[dim] for dim in dims] if dims else axes
+    averaged = [axes[dim] for dim in dims] if axes and dims else axes
     if averaged and sizes.ratio(averaged) != 1:
         sizes.scale(node, sizes.ratio(averaged))
 

@@ -233,3 +233,51 @@ def test_a_module_shrunk_alike_in_all_layers_saves_and_loads(llama, tmp_path):
 def test_widths_that_differ_between_layers_leave_the_configuration_alone(llama):
     plan = Plan({llama.of_kind("ffn")[0]: [0, 3]})
     assert shrink(llama.model, llama.groups, plan, form="module").config.intermediate_size == 48
+
+
+class Attending(nn.Module):
+    """torch's own attention, which also returns the mean of its weights over heads, for nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.attention, self.out = (
+            nn.Linear(5, 12),
+            nn.MultiheadAttention(12, 3, batch_first=True),
+            nn.Linear(12, 2),
+        )
+
+    def forward(self, x):
+        x = self.inward(x)
+        return self.out(self.attention(x, x, x, need_weights=True)[0])
+
+
+def test_what_is_computed_for_nobody_does_not_matter():
+    torch.manual_seed(0)
+    model, inputs = Attending().eval(), {"x": torch.randn(2, 7, 5)}
+    groups = node_groups(trace(model, inputs))
+    assert {group.kind for group in groups.prunable()} >= {"attention_heads", "head_dim"}
+    certify(model, groups, inputs).raise_if_failed()
+    plan = Plan({group.name: [0] for group in groups.prunable()})
+    small = shrink(model, groups, plan, inputs, form="graph")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            small(**inputs), zeroed(model, groups, plan)(**inputs), atol=1e-5, rtol=1e-4
+        )
+
+
+class WeightNormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        norm = torch.nn.utils.parametrizations.weight_norm
+        self.up, self.down = norm(nn.Linear(5, 9)), norm(nn.Linear(9, 3))
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_weight_normalisation_follows():
+    torch.manual_seed(0)
+    model, inputs = WeightNormed().eval(), {"x": torch.randn(4, 5)}
+    groups = node_groups(trace(model, inputs))
+    assert [group.size for group in groups.prunable()] == [9]
+    certify(model, groups, inputs).raise_if_failed()

@@ -6,10 +6,11 @@ from graphprune.coupling.algebra import Algebra, Axes
 from graphprune.coupling.rules.registry import rule
 from graphprune.trace.graph import Operator
 
-_PRODUCTS = ("mul", "addcmul")
+_PRODUCTS = ("mul", "multiply")
 _SUMS = (
     "add",
     "sub",
+    "subtract",
     "rsub",
     "where.self",
     "where.ScalarOther",
@@ -34,9 +35,16 @@ _CASTS = (
     "float",
     "positive",
 )
-_QUOTIENTS = ("div", "true_divide", "neg")
+_QUOTIENTS = ("div", "divide", "true_divide", "neg", "negative")
 _COMPARISONS = (
     "eq",
+    "greater",
+    "greater_equal",
+    "less",
+    "less_equal",
+    "not_equal",
+    "addcmul",
+    "addcdiv",
     "ne",
     "lt",
     "le",
@@ -65,6 +73,15 @@ _THROUGH_ZERO = (
     "gelu",
     "tanh",
     "abs",
+    "absolute",
+    "tan",
+    "sinh",
+    "asin",
+    "atan",
+    "arctan",
+    "asinh",
+    "sgn",
+    "deg2rad",
     "sqrt",
     "square",
     "sign",
@@ -104,6 +121,10 @@ _OTHER_NONLINEAR = (
     "pow.Tensor_Tensor",
     "pow.Scalar",
     "cos",
+    "cosh",
+    "acos",
+    "erfc",
+    "logit",
     "softplus",
     "hardsigmoid",
     "clamp",

@@ -54,6 +54,18 @@ def group_norm(operator: Operator, algebra: Algebra) -> Axes:
     return list(axes)
 
 
+@rule("aten._weight_norm", vanishes="first")
+def weight_norm(operator: Operator, algebra: Algebra) -> Axes:
+    """Return g · v / ‖v‖, the norm over all axes of v but one: a missing unit adds nothing to it."""
+    direction, length = operator.inputs[:2]
+    axes, dim = algebra[direction], operator["dim"] % len(direction.shape)
+    algebra.same(axes[dim], algebra[length][dim])
+    for other in range(len(axes)):
+        if other != dim:
+            algebra.sum_over([(direction, other)])
+    return list(axes)
+
+
 def couple_parameters(operator: Operator, algebra: Algebra, axes: Axes, *names: str) -> None:
     """Couple the axes that a norm runs over with those of its own parameters, as far as it has them."""
     for name in names:
