@@ -50,10 +50,10 @@ def test_an_index_stays_exactly_if_all_units_that_own_it_stay(network):
     """The groups that span an axis form a grid: no index is forgotten, none is taken twice."""
     examined = examine(network)
     groups, generator = examined.groups, examined.generator()
-    kept = {group.name: np.flatnonzero(generator.random(group.size) < 0.7) for group in groups.values()}
+    kept = {group.name: np.flatnonzero(generator.random(group.size) < 0.7) for group in examined.movable}
     selection = groups.selection(kept)
     owners: dict[tuple[str, int], list[np.ndarray]] = {}
-    for group in examined.groups.values():
+    for group in examined.movable:
         for member in [member for member in group.members if member.side != "selected"]:
             owner = group.owner(member)
             stays = (owner < 0) | np.isin(owner, kept[group.name])
