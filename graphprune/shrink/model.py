@@ -18,6 +18,7 @@ from graphprune.shrink.program import Program
 from graphprune.shrink.resize import resize
 from graphprune.shrink.traced import shrink_graph
 from graphprune.shrink.weights import named_weights, select_weight
+from graphprune.trace.fx import on_device_of
 
 Form = Literal["auto", "module", "graph"]
 
@@ -50,7 +51,7 @@ def shrink(
     kept = plan.kept(groups)
     if form == "graph" or isinstance(model, ExportedProgram):
         return shrink_graph(model, groups, kept)
-    inputs = dict(example_inputs or _traced_inputs(groups))
+    inputs = on_device_of(model, dict(example_inputs or _traced_inputs(groups)))
     weights = {
         name: select_weight(name, tensor.detach(), groups, kept) for name, tensor in named_weights(model)
     }

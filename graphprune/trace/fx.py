@@ -57,7 +57,7 @@ def trace_module(
     Raises:
         TraceError: If the model cannot be exported; the cause is attached.
     """
-    inputs = _on_device_of(model, dict(example_inputs))
+    inputs = on_device_of(model, dict(example_inputs))
     with _evaluation(model):
         try:
             program = _export(model, inputs, _open_sizes(inputs) if dynamic else None)
@@ -125,7 +125,7 @@ def _open_sizes(inputs: dict[str, Any]) -> Any:
     return tree_map(sizes, inputs)
 
 
-def _on_device_of(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+def on_device_of(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Put the inputs on the meta device if the model is there."""
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.device.type != "meta":

@@ -281,3 +281,18 @@ def test_weight_normalisation_follows():
     groups = node_groups(trace(model, inputs))
     assert [group.size for group in groups.prunable()] == [9]
     certify(model, groups, inputs).raise_if_failed()
+
+
+@pytest.mark.parametrize("form", ["module", "graph"])
+def test_a_model_without_weights_is_shrunk_too(llama, form):
+    """What a plan leaves of a model that does not fit into memory can be told without it."""
+    with torch.device("meta"):
+        empty = type(llama.model)(llama.model.config).eval()
+    groups = node_groups(trace(empty, llama.inputs))
+    plan = Plan({of_kind(groups, "ffn")[0]: range(8), of_kind(groups, "attention_heads")[0]: [1]})
+    small = shrink(empty, groups, plan, llama.inputs, form=form)
+    real = shrink(llama.model, llama.groups, plan, llama.inputs, form=form)
+    assert {n: p.shape for n, p in small.named_parameters()} == {
+        n: p.shape for n, p in real.named_parameters()
+    }
+    assert all(parameter.is_meta for parameter in small.parameters())
