@@ -19,6 +19,7 @@ from graphprune.errors import TraceError
 from graphprune.trace.graph import Argument, Operator, OperatorGraph, Role, Value
 from graphprune.trace.onnx_contrib import ContribSchema
 from graphprune.trace.onnx_roles import role_of
+from graphprune.trace.onnx_sequences import without_sequences
 from graphprune.trace.onnx_shapes import ShapeInference, fitted
 from graphprune.trace.onnx_sizes import example_sizes
 from graphprune.trace.onnx_states import states_of
@@ -46,7 +47,7 @@ def trace_onnx(model: str | Path | ir.Model, sizes: Mapping[str, int] | None = N
     Raises:
         TraceError: If there is no such file, it is no ONNX model, or `sizes` names an unknown symbol.
     """
-    opened = _inlined(model if isinstance(model, ir.Model) else _read(Path(model)))
+    opened = without_sequences(_inlined(model if isinstance(model, ir.Model) else _read(Path(model))))
     chosen = example_sizes(opened, dict(sizes or {}))
     shapes = fitted(opened, chosen)
     return _Lowering(opened, shapes, fitted(opened, chosen.others())).graph()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from graphprune.trace.onnx_sizes import ExampleSizes
 _LARGEST = 1 << 16
 # For sizes that depend on the inputs' numbers: each another, so that no two fit each other by chance.
 _FIRST_STAND_IN = 1009
+# Whose result has the first operand's shape, which onnx itself can tell of a whole model only.
+_ELEMENTWISE = {"GroupNormalization", "MeanVarianceNormalization"}
 
 
 def fitted(model: ir.Model, sizes: ExampleSizes) -> ShapeInference:
@@ -153,6 +155,8 @@ class ShapeInference:
         try:
             if isinstance(schema, ContribSchema):
                 return _by_table(schema, node, operands)
+            if schema.name in _ELEMENTWISE:
+                return [operands[0] and replace(operands[0], content=None)]
             return self._by_onnx(schema, node, operands)
         except (shape_inference.InferenceError, RuntimeError, ValueError, LookupError, ArithmeticError):
             # Operands that do not fit: the sizes are wrong, or the file is. The operator is left opaque.
@@ -192,7 +196,7 @@ def _of_tensor(value: ir.Value) -> Known:
         return _UNKNOWN
     shape = tuple(int(size) for size in tensor.shape.numpy())
     if tensor.size <= _LARGEST and _is_setting(tensor):
-        return Known(shape, tensor.dtype, _numbers(value.name or "", tensor))
+        return Known(shape, tensor.dtype, numbers_of(value.name or "", tensor))
     return Known(shape, tensor.dtype)
 
 
@@ -204,7 +208,16 @@ def _is_setting(tensor: ir.TensorProtocol) -> bool:
     return whole or tensor.dtype == ir.DataType.BOOL or tensor.size < 2
 
 
-def _numbers(name: str, tensor: ir.TensorProtocol) -> NDArray[Any]:
+def numbers_of(name: str, tensor: ir.TensorProtocol) -> NDArray[Any]:
+    """Return a tensor's numbers.
+
+    Args:
+        name: For the message.
+        tensor: Maybe in a file beside the model.
+
+    Raises:
+        TraceError: If that file cannot be read.
+    """
     try:
         return tensor.numpy()
     except OSError as error:

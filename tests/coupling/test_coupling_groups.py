@@ -10,6 +10,7 @@ import torch
 from tiny_models import FFN, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCABULARY, traced
 from torch import nn
 
+from graphprune.certify.certificate import certify
 from graphprune.coupling.groups import node_groups
 from graphprune.coupling.rules import rule
 from graphprune.errors import CouplingError
@@ -150,6 +151,31 @@ def test_layer_norm_may_be_renumbered_but_not_cut():
     hidden = next(g for g in groups_of(Norm(opaque=False)).values() if g.kind == "hidden")
     assert (hidden.size, hidden.permutable, hidden.prunable) == (8, True, False)
     assert "LayerNorm" in hidden.reason
+
+
+class InstanceNorm(nn.Module):
+    """A waist whose units are the channels of an InstanceNorm, or the positions that it runs over."""
+
+    def __init__(self, channels: bool) -> None:
+        super().__init__()
+        self.channels = channels
+        self.up, self.down = nn.Linear(5, 9), nn.Linear(9, 3)
+        self.norm = nn.InstanceNorm1d(9 if channels else 7, affine=channels)
+
+    def forward(self, x):
+        y = torch.relu(self.up(x))
+        return self.down(self.norm(y.transpose(1, 2)).transpose(1, 2) if self.channels else self.norm(y))
+
+
+@pytest.mark.parametrize("channels", [True, False])
+def test_instance_norm_may_lose_channels_but_no_positions(channels):
+    torch.manual_seed(0)
+    model, inputs = InstanceNorm(channels).double().eval(), {"x": torch.randn(2, 7, 5).double()}
+    groups = node_groups(trace(model, inputs, dynamic=False))
+    (waist,) = [group for group in groups.values() if group.size == 9]
+    assert (waist.permutable, waist.prunable) == (True, channels)
+    assert (waist.kind == "hidden") is channels
+    assert certify(model, groups, inputs).failures == ()
 
 
 def test_what_an_operator_without_a_rule_touches_is_unprunable_by_its_name():

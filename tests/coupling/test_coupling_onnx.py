@@ -381,3 +381,47 @@ def test_what_a_gemm_adds_is_coupled_with_its_rows():
         ("bias", 0, "carries"),
         ("down", 0, "consumes"),
     }
+
+
+@pytest.mark.parametrize(("opset", "rows"), [(18, 4), (21, 12)])
+def test_group_norm_may_lose_groups_but_no_channel_of_one(opset, rows):
+    """Its weight has a row for each group before opset 21, for each channel since."""
+    build = GraphBuilder(opset)
+    wide = build.node("Conv", "x", build.weight("up", 12, 5, 3))
+    scale, shift = build.weight("scale", rows), build.weight("shift", rows)
+    normed = build.node("GroupNormalization", wide, scale, shift, num_groups=4)
+    model = build.model(
+        {"x": ("FLOAT", ("b", 5, 9))}, [build.node("Conv", normed, build.weight("down", 3, 12, 3))]
+    )
+    groups = node_groups(trace_onnx(model))
+    (whole,) = [group for group in groups.values() if group.size == 4]
+    (channel,) = [
+        group for group in groups.values() if group.size == 3 and "GroupNorm" in (group.reason or "")
+    ]
+    assert (whole.prunable, channel.permutable, channel.prunable) == (True, True, False)
+    per_unit = {m.parameter: m.indices_per_unit for m in whole.members}
+    assert per_unit == {"up": 3, "scale": rows // 4, "shift": rows // 4, "down": 3}
+    assert {m.parameter for m in channel.members} == {"up", "down"} | (
+        {"scale", "shift"} if rows == 12 else set()
+    )
+    assert channel.indices(channel.members[0], 1).tolist() == [1, 4, 7, 10]
+
+
+@pytest.mark.parametrize("channels", [True, False])
+def test_instance_norm_may_lose_channels_but_no_positions(channels):
+    build = GraphBuilder()
+    wide = build.node("MatMul", "x", build.weight("up", 5, 9))
+    turned = build.node("Transpose", wide, perm=[0, 2, 1]) if channels else wide
+    rows = 9 if channels else 7
+    normed = build.node(
+        "InstanceNormalization", turned, build.weight("scale", rows), build.weight("shift", rows)
+    )
+    back = build.node("Transpose", normed, perm=[0, 2, 1]) if channels else normed
+    model = build.model(
+        {"x": ("FLOAT", ("b", 7, 5))}, [build.node("MatMul", back, build.weight("down", 9, 3))]
+    )
+    (waist,) = [group for group in node_groups(trace_onnx(model)).values() if group.size == 9]
+    assert (waist.permutable, waist.prunable) == (True, channels)
+    assert {m.parameter for m in waist.members} == {"up", "down"} | (
+        {"scale", "shift"} if channels else set()
+    )

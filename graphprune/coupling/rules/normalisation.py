@@ -32,12 +32,22 @@ def rms_norm(operator: Operator, algebra: Algebra) -> Axes:
     return list(axes)
 
 
-@rule("aten.batch_norm", "aten.instance_norm", vanishes="affine")
+@rule("aten.batch_norm", vanishes="affine")
 def batch_norm(operator: Operator, algebra: Algebra) -> Axes:
     """Scale each channel for itself."""
     axes = algebra[operator["input"]]
     couple_parameters(operator, algebra, axes[1:2], "weight", "bias", "running_mean", "running_var")
     return list(axes)
+
+
+@rule("aten.instance_norm", vanishes="affine")
+def instance_norm(operator: Operator, algebra: Algebra) -> Axes:
+    """Centre and scale each channel for itself, over its positions: they may not go."""
+    axes = batch_norm(operator, algebra)
+    algebra.mark(axes[1:2], "normalised")
+    for axis in axes[2:] if operator["use_input_stats"] else []:
+        algebra.block(axis, "InstanceNorm takes its mean over this axis: its other units would change")
+    return axes
 
 
 @rule("aten.group_norm", vanishes="affine")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphprune.coupling.algebra import Algebra, Axes
-from graphprune.coupling.rules.normalisation import batch_norm, layer_norm
+from graphprune.coupling.rules.normalisation import batch_norm, group_norm, instance_norm, layer_norm
 from graphprune.coupling.rules.onnx_reshaping import asking, numbers
 from graphprune.coupling.rules.reduction import reduce, softmax
 from graphprune.coupling.rules.registry import rule
@@ -77,6 +77,29 @@ def batch_normalization(operator: Operator, algebra: Algebra) -> tuple[Axes, ...
         running_var=variance,
     )
     return (batch_norm(call, algebra), *(list(algebra[mean]) for _ in operator.outputs[1:]))
+
+
+@rule("onnx.InstanceNormalization", vanishes="affine")
+def instance_normalization(operator: Operator, algebra: Algebra) -> Axes:
+    """Centre and scale each channel for itself, over its positions."""
+    source, scale, bias = operator["input"], operator["scale"], operator["B"]
+    call = asking(operator, input=source, weight=scale, bias=bias, use_input_stats=True)
+    return instance_norm(call, algebra)
+
+
+@rule("onnx.GroupNormalization", vanishes="affine")
+def group_normalization(operator: Operator, algebra: Algebra) -> Axes:
+    """Centre and scale within groups of channels; before opset 21 each group has one weight, not each channel."""
+    source, count, scale, bias = (operator[name] for name in ("X", "num_groups", "scale", "bias"))
+    channels = source.shape[1]
+    if scale.shape[0] == channels:
+        call = asking(operator, input=source, num_groups=count, weight=scale, bias=bias)
+        return group_norm(call, algebra)
+    axes = group_norm(asking(operator, input=source, num_groups=count), algebra)
+    groups = algebra.reshape(axes[1:2], [channels], [count, channels // count])[0]
+    algebra.same(groups, algebra[scale][0])
+    algebra.same(groups, algebra[bias][0])
+    return axes
 
 
 def _dims(operator: Operator) -> tuple[int, ...]:
