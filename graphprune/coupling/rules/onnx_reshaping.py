@@ -109,3 +109,15 @@ def cumulative_sum(operator: Operator, algebra: Algebra) -> Axes | tuple[Axes, .
     """Sum an axis so far."""
     (dim,) = numbers(operator["axis"]) or (0,)
     return accumulate(asking(operator, self=operator["x"], dim=dim), algebra)
+
+
+@rule("onnx.Resize", "onnx.Upsample", vanishes="first")
+def resample(operator: Operator, algebra: Algebra) -> Axes:
+    """Resample some axes; those that keep their size are carried over."""
+    source, (output,) = operator.inputs[0], operator.outputs
+    result: Axes = []
+    for axis, size in zip(algebra[source], output.shape if output else (), strict=True):
+        if axis.size != size:
+            algebra.pin(axis, f"{operator.target} resamples it")
+        result.append(axis if axis.size == size else algebra.ordered(size, operator.target))
+    return result
