@@ -282,10 +282,15 @@ def _selected_members(graph: OperatorGraph, algebra: Algebra) -> Iterator[tuple[
 def _occurrences(axis: Layout, atoms: dict[int, Layout]) -> dict[int, int]:
     """Return how many indices a unit of each atom owns on an axis, by the atom's identity.
 
-    Atoms of a single unit are left out: there is nothing to permute, and nothing may be removed.
+    Atoms of a single unit are left out: there is nothing to permute, and nothing may be removed. An axis that is made
+    of nothing else stands for itself.
     """
     counts: dict[int, int] = {}
-    _count(find(axis), 1, counts, atoms)
+    whole = find(axis)
+    _count(whole, 1, counts, atoms)
+    if not counts and whole.size > 1:  # cut into single indices: nothing to choose from, but to be told
+        atoms[whole.identity] = whole
+        counts[whole.identity] = 1
     return counts
 
 
@@ -320,7 +325,7 @@ def _group(atom: Layout, members: tuple[Member, ...], names: Counter[str]) -> No
         kind=kind,
         size=atom.size,
         members=members,
-        permutable=not atom.pins,
+        permutable=not atom.pins and atom.form == "atom",
         prunable=reason is None,
         reason=reason,
         parameters_per_unit=freed,
@@ -333,6 +338,8 @@ def _reason(atom: Layout) -> str | None:
     """Return why no unit of an atom may be removed, or None."""
     for reason in (*atom.pins, *atom.blocks):
         return reason
+    if atom.form != "atom":
+        return "each of its indices is read for itself"
     if "softmax" in atom.marks and "routed" not in atom.marks:
         return "softmax over this axis: its other units would change"
     if atom.minimum >= atom.size:

@@ -50,12 +50,13 @@ def fit_config(config: Any, model: nn.Module, groups: NodeGroups, plan: Plan) ->
     )
 
 
-def describe(small: Any, groups: NodeGroups, plan: Plan) -> None:
+def describe(small: Any, model: nn.Module, groups: NodeGroups, plan: Plan) -> None:
     """Let a smaller transformers model's configuration say its sizes, where it can: it then saves and loads.
 
     Args:
         small: The smaller model, whose configuration is changed in place; left as it is if no setting describes it.
-        groups: The node groups of the original.
+        model: The original.
+        groups: Its node groups.
         plan: What was removed.
     """
     if not plan or not isinstance(small, PreTrainedModel) or not _is_uniform(groups, plan):
@@ -64,9 +65,41 @@ def describe(small: Any, groups: NodeGroups, plan: Plan) -> None:
         fitted = fit_config(small.config, small, groups, plan)
     except ShrinkError:
         return  # layers of different widths, for one
-    for field, value in fitted.to_dict().items():
-        if getattr(small.config, field, value) != value:
-            setattr(small.config, field, value)
+    for old, new in _changed_numbers(model, small):  # a norm's eps grows with the units that it lost
+        for field, value in fitted.to_dict().items():
+            if isinstance(value, float) and value == old:
+                setattr(fitted, field, new)
+    if _builds(type(small), fitted, small):
+        for field, value in fitted.to_dict().items():
+            if getattr(small.config, field, value) != value:
+                setattr(small.config, field, value)
+
+
+def _changed_numbers(model: nn.Module, small: nn.Module) -> set[tuple[float, float]]:
+    """Return (before, after) of the fractions that modules keep in attributes and surgery changed."""
+    after = dict(small.named_modules())
+    return {
+        (value, vars(after[path])[name])
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and vars(after[path])[name] != value
+    }
+
+
+def _builds(kind: Any, config: Any, small: nn.Module) -> bool:
+    """Whether a class builds from a valid configuration what `small` is, eps and scales of its modules included."""
+    try:
+        config.validate()
+        with torch.device("meta"):
+            built = dict(kind(config).named_modules())
+    except Exception:  # a class says in its own way that a configuration is none
+        return False
+    return all(
+        vars(built[path]).get(name) == value
+        for path, module in small.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float)
+    )
 
 
 def _is_uniform(groups: NodeGroups, plan: Plan) -> bool:

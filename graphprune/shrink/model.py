@@ -59,7 +59,7 @@ def shrink(
     del weights
     try:
         small = shrink_module(model, groups, kept, inputs, expected)
-        describe(small, groups, plan)
+        describe(small, model, groups, plan)
         return small
     except ShrinkError as error:
         if form == "module":

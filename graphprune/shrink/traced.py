@@ -18,8 +18,9 @@ def shrink_graph(
 ) -> fx.GraphModule:
     """Return the traced program with some units only, its weights under the model's own names.
 
-    It takes and returns what the model does, trains (without dropout, as it was traced in evaluation mode), saves
-    and exports like any module, for every batch and sequence where the trace left them open.
+    It takes the keyword arguments that it was traced with and returns what the model does. It trains (without dropout,
+    as it was traced in evaluation mode), saves and exports like any module, for every batch and sequence where the
+    trace left them open.
 
     Args:
         model: Where the weights come from.

@@ -226,3 +226,26 @@ def test_analysis_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
+
+
+class Branches(nn.Module):
+    """A weight for each of three branches, which are stacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route, self.branches = nn.Linear(5, 3), nn.ModuleList(nn.Linear(5, 4) for _ in range(3))
+
+    def forward(self, x):
+        stacked = torch.stack([branch(x) for branch in self.branches], -1)
+        return (stacked * torch.sigmoid(self.route(x)).unsqueeze(-2)).sum(-1)
+
+
+def test_an_axis_whose_indices_stand_for_themselves_is_told_too():
+    (group,) = [
+        group
+        for group in groups_of(Branches()).values()
+        if any((m.parameter, m.axis) == ("route.weight", 0) for m in group.members)
+    ]
+    assert (group.size, group.permutable, group.prunable) == (3, False, False)
+    assert group.reason == "each of its indices is read for itself"
+    assert [group.indices(member, 2).tolist() for member in group.members] == [[2], [2]]

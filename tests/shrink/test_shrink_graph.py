@@ -296,3 +296,18 @@ def test_a_model_without_weights_is_shrunk_too(llama, form):
         n: p.shape for n, p in real.named_parameters()
     }
     assert all(parameter.is_meta for parameter in small.parameters())
+
+
+@pytest.mark.parametrize(("units", "saved"), [(range(8), True), ([3, 5], False)])
+def test_a_residual_width_is_saved_with_its_eps_or_not_at_all(llama, units, saved, tmp_path):
+    """30 is no multiple of four heads, which the configuration's class refuses; then it stays as it was."""
+    plan = Plan(dict.fromkeys(llama.of_kind("hidden"), units))
+    small = shrink(llama.model, llama.groups, plan, form="module")
+    if not saved:
+        assert small.config.hidden_size == 32
+        return
+    small.save_pretrained(tmp_path)
+    again = type(llama.model).from_pretrained(tmp_path).eval()
+    assert again.config.rms_norm_eps == pytest.approx(llama.model.config.rms_norm_eps * 32 / 24)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**llama.inputs).logits, small(**llama.inputs).logits)
