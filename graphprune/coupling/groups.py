@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -241,7 +243,23 @@ def node_groups(graph: OperatorGraph) -> NodeGroups:
     Returns:
         A mapping from name to group, ordered as the parameters stand in the model and reproducible.
     """
-    algebra = analyze(graph)
+    with _no_collection():
+        return _found(graph, analyze(graph))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Put garbage collection off: what is made here stays, and the traced program is large to walk through."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _found(graph: OperatorGraph, algebra: Algebra) -> NodeGroups:
     found: dict[int, dict[tuple[str, int], Member]] = {}
     atoms: dict[int, Layout] = {}
     for member, axis in (*_own_members(graph, algebra), *_selected_members(graph, algebra)):
