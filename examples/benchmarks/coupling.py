@@ -105,7 +105,7 @@ def _peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def compare(shapes: list[str]) -> None:
+def compare(shapes: list[str], limit: float) -> None:
     """Measure both tools on each model, and print a table."""
     print(f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} cores\n")
     print("| model | tool | trace s | groups s | members s | peak MB | groups found | groups: ratio |")
@@ -113,13 +113,18 @@ def compare(shapes: list[str]) -> None:
     for shape in shapes:
         ours = None
         for tool in ("graphprune", "Torch-Pruning"):
-            done = subprocess.run(
-                [sys.executable, __file__, "--tool", tool, "--shape", shape],
-                capture_output=True,
-                text=True,
-                check=False,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+            try:
+                done = subprocess.run(
+                    [sys.executable, __file__, "--tool", tool, "--shape", shape],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=limit,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )
+            except subprocess.TimeoutExpired:
+                print(f"| {shape} | {tool} | stopped after {limit:.0f} s | | | | | |", flush=True)
+                continue
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["failed"])[-1][:90]
                 print(f"| {shape} | {tool} | fails: {last} | | | | | |", flush=True)
@@ -142,11 +147,12 @@ def main() -> None:
     )
     parser.add_argument("--shape", action="append", choices=list(SHAPES), help="measure this model alone")
     parser.add_argument("--tool", choices=["graphprune", "Torch-Pruning"], help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one tool on one model")
     given = parser.parse_args()
     if given.tool:
         measure(given.tool, given.shape[0])
     else:
-        compare(given.shape or list(SHAPES))
+        compare(given.shape or list(SHAPES), given.limit)
 
 
 if __name__ == "__main__":
