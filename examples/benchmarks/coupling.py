@@ -27,11 +27,11 @@ SHAPES: dict[str, dict[str, Any]] = {
                      "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
     **{
         f"Llama, {layers} layers": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": layers,
-                                    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 32000}
+                                    "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 32000}
         for layers in (8, 16, 32, 64)
     },
     "Llama, 8 layers, 4 × as wide": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8,
-                                     "num_attention_heads": 32, "num_key_value_heads": 16, "vocab_size": 32000},
+                                     "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
     "LLaMA-7B, meta": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
                        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
     "LLaMA-70B, meta": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
