@@ -203,7 +203,7 @@ class NodeGroups(Mapping[str, NodeGroup]):
     def operators_of(self, group: NodeGroup) -> tuple[Operator, ...]:
         """Return the operators that couple a group's members, in the graph's order."""
         graph = self.coupling.subgraph(self._layouts_of_atom.get(group.atom.identity, ()))
-        names = {name for _, _, name in graph.edges(data="operator")}
+        names: set[str | None] = {graph.edges[edge]["operator"] for edge in graph.edges}
         return tuple(operator for name, operator in self._operators.items() if name in names)
 
     @cached_property
