@@ -5,6 +5,7 @@ Stands alone: it needs torch, numpy and safetensors, and nothing of graphprune.
 
 from __future__ import annotations
 
+from quant import formats
 from quant.apply import LayerReport, LoftQConfig, loftq_model
 from quant.blockwise import QuantizedTensor, quantize
 from quant.codebooks import Format, format_names, get_format, register_format
@@ -27,6 +28,7 @@ __all__ = [
     "QuantizedTensor",
     "cache_dequantized",
     "format_names",
+    "formats",
     "get_format",
     "load_quantized_",
     "loftq",

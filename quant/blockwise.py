@@ -1,4 +1,4 @@
-"""Block-wise quantization: each run of consecutive weights shares a scale, its largest absolute value."""
+"""Block-wise quantization: each run of consecutive weights shares a scale, and in affine formats an offset."""
 
 from __future__ import annotations
 
@@ -10,55 +10,98 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quant.codebooks import get_format
+from quant.codebooks import Format, get_format
 from quant.errors import QuantError
+from quant.fit import covering_scales, fitted_scales
 from quant.packing import pack, packed_size, symbols, unpack
+from quant.scales import Scales, Storage, check_storage, store_scales
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 4096
+PART_NAMES = ("codes", "absmax", "absmax_absmax", "absmax_mean", "offset", "offset_absmax", "offset_mean")
+"""All names that the parts of a quantized tensor can have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuantizedTensor:
-    """A tensor as packed codes and one scale a block, over its row-major flat order.
+    """A tensor as packed codes and a scale a block, over its row-major flat order.
 
     Attributes:
         codes: uint8 (bytes,), packed by `quant.packing`.
-        absmax: float32 (blocks,), the largest absolute value of each block.
+        scales: One a block; a weight is ``level * scale``, or ``level * scale + offset``.
+        offsets: One a block in affine formats, else None.
         shape: Shape of the tensor that was quantized.
         format: Name of the format.
         block_size: Consecutive elements that share a scale; the last block may be shorter.
     """
 
     codes: Tensor
-    absmax: Tensor
+    scales: Scales
+    offsets: Scales | None = None
     shape: tuple[int, ...]
     format: str
     block_size: int
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
-        count = math.prod(self.shape)
-        sizes = packed_size(count, get_format(self.format).bits), -(-count // self.block_size)
-        found = tuple(self.codes.shape), tuple(self.absmax.shape)
+        count, format = math.prod(self.shape), get_format(self.format)
+        sizes = packed_size(count, format.bits), block_count(count, self.block_size)
+        found = tuple(self.codes.shape), tuple(self.scales.stored.shape)
         if found != ((sizes[0],), (sizes[1],)) or self.codes.dtype != torch.uint8:
             raise QuantError(
-                f"{self.format} codes {found[0]} ({self.codes.dtype}) and absmax {found[1]} are not those of "
+                f"{self.format} codes {found[0]} ({self.codes.dtype}) and scales {found[1]} are not those of "
                 f"a tensor of shape {self.shape} in blocks of {self.block_size}",
                 f"pass {sizes[0]} uint8 codes and {sizes[1]} scales",
             )
-        if self.absmax.dtype != torch.float32:
-            raise QuantError(f"absmax is {self.absmax.dtype}", "keep the scales in float32")
+        if format.affine != (self.offsets is not None):
+            raise QuantError(
+                f"{self.format} {'needs' if format.affine else 'has no'} offsets",
+                "pass what quantize() returned",
+            )
+
+    @property
+    def absmax(self) -> Tensor:
+        """The scales: float32 (blocks,); without fitting, each block's largest absolute value."""
+        return self.scales.values()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the tensor that the codes stand for, computed in float32, in `dtype` (shape `shape`)."""
         count = math.prod(self.shape)
-        table = get_format(self.format).symbol_values.to(self.codes.device)
-        flat = table.index_select(0, symbols(self.codes, get_format(self.format).bits)).view(-1)[:count]
-        whole = count // self.block_size
-        blocks = flat[: whole * self.block_size].view(whole, self.block_size)
-        blocks.mul_(self.absmax[:whole, None])
-        flat[whole * self.block_size :].mul_(self.absmax[whole:])
+        format = get_format(self.format)
+        table = format.symbol_values.to(self.codes.device)
+        flat = table.index_select(0, symbols(self.codes, format.bits)).view(-1)[:count]
+        _scale_(
+            flat,
+            self.scales.values(),
+            None if self.offsets is None else self.offsets.values(),
+            self.block_size,
+        )
         return flat.view(self.shape).to(dtype)
+
+    def rows(self, index: Tensor) -> QuantizedTensor:
+        """Return some rows of a matrix whose rows are whole blocks, without dequantizing any.
+
+        Args:
+            index: int64 (rows,).
+
+        Raises:
+            QuantError: A block crosses rows.
+        """
+        width = self.shape[-1]
+        if len(self.shape) != 2 or width % self.block_size:
+            raise QuantError(
+                f"blocks of {self.block_size} cross rows of {width}", "dequantize the whole tensor"
+            )
+        bytes_a_row = width * get_format(self.format).bits // 8
+        blocks = torch.arange(width // self.block_size, device=index.device)
+        wanted = (index[:, None] * len(blocks) + blocks).reshape(-1)
+        return QuantizedTensor(
+            codes=self.codes.view(-1, bytes_a_row).index_select(0, index).view(-1),
+            scales=self.scales.at(wanted),
+            offsets=None if self.offsets is None else self.offsets.at(wanted),
+            shape=(len(index), width),
+            format=self.format,
+            block_size=self.block_size,
+        )
 
     def unpacked_codes(self) -> Tensor:
         """Return the codes one a byte: uint8 of shape `shape`, each an index into the format's levels."""
@@ -66,14 +109,39 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.absmax.nbytes
+        """Bytes of codes, scales and offsets."""
+        return sum(part.nbytes for part in self.parts().values())
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the tensors alone, by name; `from_parts` is the way back."""
+        offsets = {} if self.offsets is None else self.offsets.parts("offset")
+        return {"codes": self.codes, **self.scales.parts("absmax"), **offsets}
+
+    @classmethod
+    def from_parts(
+        cls, parts: Mapping[str, Tensor], *, shape: tuple[int, ...], format: str, block_size: int
+    ) -> QuantizedTensor:
+        """Return the tensor of these parts.
+
+        Raises:
+            QuantError: A part is missing or does not fit the others.
+        """
+        if not {"codes", "absmax"} <= parts.keys():
+            missing = sorted({"codes", "absmax"} - parts.keys())
+            raise QuantError(f"a quantized tensor lacks {' and '.join(missing)}", "pass all of its parts")
+        return cls(
+            codes=parts["codes"],
+            scales=Scales.from_parts(parts, "absmax"),
+            offsets=Scales.from_parts(parts, "offset") if "offset" in parts else None,
+            shape=shape,
+            format=format,
+            block_size=block_size,
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors alone, ready for a safetensors file; `from_state_dict` is the way back."""
         return {
-            "codes": self.codes,
-            "absmax": self.absmax,
+            **self.parts(),
             "shape": torch.tensor(self.shape, dtype=torch.int64),
             "format": torch.tensor(list(self.format.encode()), dtype=torch.uint8),
             "block_size": torch.tensor(self.block_size, dtype=torch.int64),
@@ -91,22 +159,33 @@ class QuantizedTensor:
             raise QuantError(
                 f"a quantized tensor lacks {', '.join(sorted(missing))}", "pass a whole state_dict()"
             )
-        return cls(
-            codes=state["codes"],
-            absmax=state["absmax"],
+        return cls.from_parts(
+            state,
             shape=tuple(state["shape"].tolist()),
             format=bytes(state["format"].tolist()).decode(),
             block_size=int(state["block_size"]),
         )
 
 
-def quantize(weight: Tensor, format: str = "nf4", block_size: int = 64) -> QuantizedTensor:
-    """Quantize a tensor: in each block divide by the largest absolute value, then take the nearest level.
+def quantize(
+    weight: Tensor,
+    format: str | int = "nf4",
+    block_size: int = 64,
+    *,
+    fitted: bool | None = None,
+    scale_storage: Storage = "float32",
+    name: str = "the weight",
+) -> QuantizedTensor:
+    """Quantize a tensor: scale each block into [-1, 1], then take the nearest level of each weight.
 
     Args:
         weight: Floating point, any shape and dtype, computed in float32; finite and not empty.
-        format: A name of `quant.format_names()`.
+        format: A name of `quant.format_names()`, or a number of bits for the best format of that many.
         block_size: Consecutive elements, row-major, that share a scale: a power of two from 16 to 4096.
+        fitted: Whether scales are those of least squared error, or the least that cover the block; None for
+            what the format does by default.
+        scale_storage: How scales and offsets are stored: "float32", "float16" or "double" (quantized too).
+        name: Of the weight, for messages.
 
     Returns:
         The packed tensor, on the weight's device. A block of zeros has the scale 0.
@@ -115,25 +194,87 @@ def quantize(weight: Tensor, format: str = "nf4", block_size: int = 64) -> Quant
         QuantError: Unknown format, wrong block size, or a weight that is empty, on the meta device, of
             integers, or not finite.
 
-    Source: Dettmers et al., 8-bit Optimizers (arXiv 2110.02861) section 2.1.
+    Source: Dettmers et al., 8-bit Optimizers (arXiv 2110.02861) section 2.1; LoftQ (arXiv 2310.08659).
     """
     codebook = get_format(format)
     check_block_size(block_size)
-    _check_kind(weight)
+    check_storage(scale_storage)
+    _check_kind(weight, name)
     flat = weight.detach().reshape(-1).to(torch.float32)
-    count = flat.numel()
-    blocks = functional.pad(flat, (0, -count % block_size)).view(-1, block_size)
-    absmax = blocks.abs().amax(dim=1)
-    _check_finite(absmax, tuple(weight.shape))
-    divisor = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
-    codes = codebook.nearest(blocks / divisor[:, None])
+    _check_finite(flat, name, tuple(weight.shape))
+    scales, offsets = block_scales(flat, codebook, block_size, fitted)
+    stored = store_scales(scales, scale_storage)
+    stored_offsets = None if offsets is None else store_scales(offsets, scale_storage)
+    codes = round_to_levels(flat, codebook, stored, stored_offsets, block_size)
     return QuantizedTensor(
-        codes=pack(codes.view(-1)[:count], codebook.bits),
-        absmax=absmax,
+        codes=pack(codes, codebook.bits),
+        scales=stored,
+        offsets=stored_offsets,
         shape=tuple(weight.shape),
-        format=format,
+        format=codebook.name,
         block_size=block_size,
     )
+
+
+def block_scales(
+    flat: Tensor,
+    format: Format,
+    block_size: int,
+    fitted: bool | None = None,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the scales, and for an affine format the offsets, of consecutive weights.
+
+    Args:
+        flat: float32 (weights,).
+        format: Of the codes.
+        block_size: Weights that share a scale; the last block may be shorter.
+        fitted: As in `quantize`.
+        importance: float32 (weights,), what each squared error counts in a fit; None for all alike.
+    """
+    whole = len(flat) // block_size * block_size
+    found = []
+    for start, stop, size in ((0, whole, block_size), (whole, len(flat), len(flat) - whole)):
+        if start == stop:
+            continue
+        blocks = flat[start:stop].view(-1, size)
+        if format.fitted if fitted is None else fitted:
+            weights = None if importance is None else importance[start:stop].view(-1, size)
+            found.append(fitted_scales(blocks, format, weights))
+        else:
+            found.append(covering_scales(blocks, format))
+    offsets = [offset for _, offset in found if offset is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(offsets) if offsets else None
+
+
+def round_to_levels(
+    flat: Tensor, format: Format, scales: Scales, offsets: Scales | None, block_size: int
+) -> Tensor:
+    """Return the code of the level nearest to each weight: uint8 (weights,)."""
+    scale = scales.values()
+    divisor = torch.where(scale != 0, scale, torch.ones_like(scale))
+    blocks = functional.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
+    if offsets is not None:
+        blocks = blocks - offsets.values()[:, None]
+    scaled = (blocks / divisor[:, None]).clamp_(-1, 1)
+    return format.nearest(scaled).view(-1)[: len(flat)]
+
+
+def block_count(count: int, block_size: int) -> int:
+    """Return how many blocks `count` weights fill."""
+    return -(-count // block_size)
+
+
+def _scale_(flat: Tensor, scale: Tensor, offset: Tensor | None, block_size: int) -> None:
+    """Multiply levels by the scales of their blocks and add the offsets, in place."""
+    whole = len(flat) // block_size
+    blocks = flat[: whole * block_size].view(whole, block_size)
+    rest = flat[whole * block_size :]
+    blocks.mul_(scale[:whole, None])
+    rest.mul_(scale[whole:])
+    if offset is not None:
+        blocks.add_(offset[:whole, None])
+        rest.add_(offset[whole:])
 
 
 def check_block_size(block_size: int) -> None:
@@ -145,29 +286,28 @@ def check_block_size(block_size: int) -> None:
         )
 
 
-def check_weight(weight: Tensor) -> None:
+def check_weight(weight: Tensor, name: str = "the weight") -> None:
     """Raise QuantError unless `quantize` can take this weight: real, floating point, finite, not empty."""
-    _check_kind(weight)
-    _check_finite(weight.detach().to(torch.float32).abs().amax(), tuple(weight.shape))
+    _check_kind(weight, name)
+    _check_finite(weight.detach().to(torch.float32), name, tuple(weight.shape))
 
 
-def _check_kind(weight: Tensor) -> None:
+def _check_kind(weight: Tensor, name: str) -> None:
     shape = tuple(weight.shape)
     if not weight.is_floating_point():
         raise QuantError(
-            f"a weight of dtype {weight.dtype} cannot be quantized", "pass a floating-point weight"
+            f"{name} of dtype {weight.dtype} cannot be quantized", "pass a floating-point weight"
         )
     if weight.is_meta:
-        raise QuantError(
-            f"the weight of shape {shape} is on the meta device and has no data", "load it first"
-        )
+        raise QuantError(f"{name} of shape {shape} is on the meta device and has no data", "load it first")
     if weight.numel() == 0:
-        raise QuantError(f"the weight of shape {shape} is empty", "leave this layer out")
+        raise QuantError(f"{name} of shape {shape} is empty", "leave this layer out")
 
 
-def _check_finite(largest: Tensor, shape: tuple[int, ...]) -> None:
-    if not bool(largest.isfinite().all()):
+def _check_finite(flat: Tensor, name: str, shape: tuple[int, ...]) -> None:
+    low, high = flat.aminmax()
+    if not bool(low.isfinite() & high.isfinite()):
         raise QuantError(
-            f"the weight of shape {shape} holds nan or infinity, or exceeds float32",
+            f"{name} of shape {shape} holds nan or infinity, or exceeds float32",
             "repair the weight before quantizing it",
         )

@@ -1,17 +1,16 @@
-"""The number formats: for each a sorted list of levels in [-1, 1] that a block's scaled weights may take.
+"""A number format: a sorted list of levels in [-1, 1] that a block's scaled weights may take.
 
 A new format is one decorated function:
 
     @register_format("int5", bits=8)
     def _int5() -> list[float]:
-        return uniform_levels(15)
+        return [k / 15 for k in range(-15, 16)]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -31,12 +30,16 @@ class Format:
         name: The key in the registry.
         bits: Storage bits of a code: 2, 3, 4 or 8.
         levels: float32 (levels,), ascending, within [-1, 1].
+        affine: Whether a block has an offset beside its scale: a weight is ``level * scale + offset``.
+        fitted: Whether a block's scale is by default the one of least squared error, not the largest weight.
         symbol_values: float32 (symbols, codes a symbol): the levels that a packed symbol stands for.
     """
 
     name: str
     bits: int
     levels: Tensor
+    affine: bool = False
+    fitted: bool = False
     symbol_values: Tensor = field(init=False, repr=False)
     _cell_code: Tensor = field(init=False, repr=False)
     _cell_midpoint: Tensor = field(init=False, repr=False)
@@ -70,12 +73,16 @@ class Format:
 FORMATS: dict[str, Format] = {}
 
 
-def register_format(name: str, *, bits: int) -> Callable[[Callable[[], Sequence[float]]], Format]:
+def register_format(
+    name: str, *, bits: int, affine: bool = False, fitted: bool = False
+) -> Callable[[Callable[[], Sequence[float]]], Format]:
     """Register the levels that the decorated function returns as a format.
 
     Args:
         name: The name that `quantize` and recipes use.
         bits: Storage bits of a code: 2, 3, 4 or 8.
+        affine: Whether a block has an offset beside its scale.
+        fitted: Whether a block's scale is by default fitted by least squares.
 
     Returns:
         A decorator that puts the finished `Format` in the function's place.
@@ -87,18 +94,25 @@ def register_format(name: str, *, bits: int) -> Callable[[Callable[[], Sequence[
     def decorate(levels: Callable[[], Sequence[float]]) -> Format:
         if name in FORMATS:
             raise QuantError(f"the format {name!r} is registered already", "choose another name")
-        FORMATS[name] = Format(name=name, bits=bits, levels=torch.tensor(levels(), dtype=torch.float32))
+        table = torch.tensor(levels(), dtype=torch.float32)
+        FORMATS[name] = Format(name=name, bits=bits, levels=table, affine=affine, fitted=fitted)
         return FORMATS[name]
 
     return decorate
 
 
-def get_format(name: str) -> Format:
-    """Return the format of this name.
+BEST_FORMATS = {2: "uint2", 3: "uint3", 4: "nf4", 8: "int8"}
+"""The format that a number of bits alone stands for."""
+
+
+def get_format(name: str | int) -> Format:
+    """Return the format of this name, or the best one of this many bits.
 
     Raises:
         QuantError: There is none; the message lists those that there are.
     """
+    if isinstance(name, int):
+        name = BEST_FORMATS.get(name, f"of {name} bits")
     if name not in FORMATS:
         raise QuantError(f"there is no format {name!r}", f"use one of {', '.join(format_names())}")
     return FORMATS[name]
@@ -107,28 +121,6 @@ def get_format(name: str) -> Format:
 def format_names() -> tuple[str, ...]:
     """Return the names of all formats, sorted."""
     return tuple(sorted(FORMATS))
-
-
-def normal_float_levels(bits: int) -> list[float]:
-    """Return NormalFloat's levels: normal quantiles, one more above zero than below, zero among them.
-
-    Source: QLoRA (arXiv 2305.14314) section 3, as bitsandbytes' `create_normal_map` computes it; the
-    outermost quantile, chosen there for 4 bits, is kept for all widths as in LoftQ's code.
-    """
-    outermost = 0.9677083  # 1 - (1 / 30 + 1 / 32) / 2, in the digits that bitsandbytes keeps of it
-    positive, negative = 2 ** (bits - 1), 2 ** (bits - 1) - 1
-
-    def quantiles(count: int) -> list[float]:
-        step = (outermost - 0.5) / count
-        return [NormalDist().inv_cdf(outermost - step * i) for i in range(count)]
-
-    levels = sorted([*quantiles(positive), 0.0, *(-quantile for quantile in quantiles(negative))])
-    return [level / levels[-1] for level in levels]
-
-
-def uniform_levels(largest: int) -> list[float]:
-    """Return the symmetric grid ``k / largest`` for k from -largest to largest."""
-    return [k / largest for k in range(-largest, largest + 1)]
 
 
 def _check_levels(format: Format) -> None:
@@ -162,45 +154,3 @@ def _cells(format: Format) -> tuple[Tensor, Tensor]:
     edges = torch.arange(-CELLS_PER_UNIT, CELLS_PER_UNIT + 1) / CELLS_PER_UNIT
     code = torch.bucketize(edges, midpoints)
     return code.to(torch.uint8), torch.cat([midpoints, torch.tensor([torch.inf])])[code]
-
-
-@register_format("nf4", bits=4)
-def _nf4() -> list[float]:
-    # bitsandbytes' published table: its float32 rounding differs from the definition by up to 1.2e-7, and
-    # packed weights are only exchangeable bit for bit with the very same numbers.
-    return [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ]  # fmt: skip
-
-
-@register_format("nf3", bits=3)
-def _nf3() -> list[float]:
-    return normal_float_levels(3)
-
-
-@register_format("nf2", bits=2)
-def _nf2() -> list[float]:
-    return normal_float_levels(2)
-
-
-@register_format("int8", bits=8)
-def _int8() -> list[float]:
-    return uniform_levels(127)
-
-
-@register_format("int4", bits=4)
-def _int4() -> list[float]:
-    return uniform_levels(7)
-
-
-@register_format("int3", bits=3)
-def _int3() -> list[float]:
-    return uniform_levels(3)
-
-
-@register_format("int2", bits=2)
-def _int2() -> list[float]:
-    return uniform_levels(1)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from quant.blockwise import QuantizedTensor
-from quant.codebooks import get_format
 from quant.packed import PackedWeight
 
 
@@ -43,13 +40,5 @@ class QuantEmbedding(PackedWeight):
         """Return the rows (..., embedding_dim) of the integer indices `input` (...)."""
         if self.embedding_dim % self.block_size:
             return functional.embedding(input, self.weight)
-        row_bytes = self.embedding_dim * get_format(self.format).bits // 8
-        index = input.reshape(-1)
-        rows = QuantizedTensor(
-            codes=self.codes.view(self.num_embeddings, row_bytes).index_select(0, index).view(-1),
-            absmax=self.absmax.view(self.num_embeddings, -1).index_select(0, index).view(-1),
-            shape=(math.prod(input.shape), self.embedding_dim),
-            format=self.format,
-            block_size=self.block_size,
-        )
+        rows = self.quantized.rows(input.reshape(-1))
         return rows.dequantize(self.dtype).view(*input.shape, self.embedding_dim)

@@ -19,7 +19,7 @@ class PackedWeight(nn.Module):
     share their buffers (a tied embedding and output head) still share them after a move.
 
     Args:
-        quantized: A packed matrix; its tensors become the buffers `codes` and `absmax`, not copies of them.
+        quantized: A packed matrix; its parts become buffers of their names, not copies of them.
         dtype: The dtype of the weight as others see it; `to(dtype)` changes it.
 
     Raises:
@@ -27,7 +27,6 @@ class PackedWeight(nn.Module):
     """
 
     codes: Tensor
-    absmax: Tensor
     _dtype_mark: Tensor
 
     def __init__(self, quantized: QuantizedTensor, dtype: torch.dtype = torch.float32) -> None:
@@ -37,8 +36,9 @@ class PackedWeight(nn.Module):
         self.shape = quantized.shape
         self.format = quantized.format
         self.block_size = quantized.block_size
-        self.register_buffer("codes", quantized.codes)
-        self.register_buffer("absmax", quantized.absmax)
+        self.part_names = tuple(quantized.parts())
+        for name, part in quantized.parts().items():
+            self.register_buffer(name, part)
         # Empty: it only lets every way of casting a module reach the dtype of the weight.
         self.register_buffer("_dtype_mark", torch.empty(0, dtype=dtype), persistent=False)
         self._cache_dtype: torch.dtype | None = None
@@ -47,12 +47,9 @@ class PackedWeight(nn.Module):
     @property
     def quantized(self) -> QuantizedTensor:
         """The packed weight over the live buffers."""
-        return QuantizedTensor(
-            codes=self.codes,
-            absmax=self.absmax,
-            shape=self.shape,
-            format=self.format,
-            block_size=self.block_size,
+        parts = {name: self.get_buffer(name) for name in self.part_names}
+        return QuantizedTensor.from_parts(
+            parts, shape=self.shape, format=self.format, block_size=self.block_size
         )
 
     @property
@@ -73,7 +70,7 @@ class PackedWeight(nn.Module):
         return f"{self.shape[1]}, {self.shape[0]}, format={self.format}, block_size={self.block_size}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        packed = {name: self._buffers[name] for name in ("codes", "absmax")}
+        packed = {name: self._buffers[name] for name in self.part_names}
         super()._apply(fn, recurse)
         for name, before in packed.items():
             after = self._buffers[name]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from quant.blockwise import QuantizedTensor
+from quant.blockwise import PART_NAMES, QuantizedTensor
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.linear import QuantLinear
@@ -161,12 +161,13 @@ def _build(
         tensor = tensors.pop(f"{name}.{key}", None)
         return getattr(owner, key, None) if tensor is None else tensor.to(device)
 
-    codes, absmax = take("codes"), take("absmax")
-    if codes is None or absmax is None:
-        raise QuantError(f"{TENSORS_FILE} lacks the codes or scales of {name}", REMEDY)
-    quantized = QuantizedTensor(
-        codes=codes, absmax=absmax, shape=layer.shape, format=layer.format, block_size=layer.block_size
-    )
+    parts = {key: part for key in PART_NAMES if (part := take(key)) is not None}
+    try:
+        quantized = QuantizedTensor.from_parts(
+            parts, shape=layer.shape, format=layer.format, block_size=layer.block_size
+        )
+    except QuantError as error:
+        raise QuantError(f"{TENSORS_FILE}, {name}: {error.problem}", REMEDY) from error
     if layer.kind == "embedding":
         return QuantEmbedding(quantized, dtype)
     lora_A, lora_B = (take("lora_A"), take("lora_B")) if layer.rank else (None, None)

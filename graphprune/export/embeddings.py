@@ -21,7 +21,7 @@ def write_embedding(writer: GraphWriter, ids: ir.Value, weight: PackedMatrix) ->
     Only the rows asked for are unpacked, unless a row is not made of whole bytes and blocks: then a session
     unpacks the matrix when it loads the file.
     """
-    if weight.block() is None:
+    if weight.block() is None or weight.offset is not None:
         return writer.node("Gather", [unpacked(writer, weight), ids], axis=0)
     if weight.grid is not None:
         return _block_quantized(writer, ids, weight)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +67,11 @@ def choose_layout(weight: PackedMatrix, *, exact: bool = False) -> Layout:
     return next(form for form in LAYOUTS.values() if form.fits(weight) and (form.exact or not exact))
 
 
-@layout("grid", exact=True, fits=lambda weight: weight.grid is not None and weight.block() is not None)
+@layout(
+    "grid",
+    exact=True,
+    fits=lambda weight: weight.offset is None and weight.grid is not None and weight.block() is not None,
+)
 def write_grid(writer: GraphWriter, x: ir.Value, weight: PackedMatrix) -> ir.Value:
     """MatMulNBits on the codes: level k / m is stored as k + 2^(bits - 1), and the scale is absmax / m."""
     block = grid_block(weight)
@@ -79,7 +83,11 @@ def write_grid(writer: GraphWriter, x: ir.Value, weight: PackedMatrix) -> ir.Val
     )
 
 
-@layout("byte_table", exact=False, fits=lambda weight: weight.bits < 8 and weight.block() is not None)
+@layout(
+    "byte_table",
+    exact=False,
+    fits=lambda weight: weight.offset is None and weight.bits < 8 and weight.block() is not None,
+)
 def write_byte_table(writer: GraphWriter, x: ir.Value, weight: PackedMatrix) -> ir.Value:
     """MatMulNBits on 8-bit codes that a session makes of the packed ones when it loads the file.
 
@@ -98,7 +106,7 @@ def write_byte_table(writer: GraphWriter, x: ir.Value, weight: PackedMatrix) -> 
     return _matmul_n_bits(writer, x, codes, scales, weight, 8, block)
 
 
-@layout("bnb4", exact=True, fits=lambda weight: _nf4_codes(weight) is not None)
+@layout("bnb4", exact=True, fits=lambda weight: weight.offset is None and _nf4_codes(weight) is not None)
 def write_bnb4(writer: GraphWriter, x: ir.Value, weight: PackedMatrix) -> ir.Value:
     """MatMulBnb4 with NF4's own table; flat blocks may cross rows."""
     nf4_codes = _nf4_codes(weight)
@@ -135,9 +143,11 @@ def unpacked(writer: GraphWriter, weight: PackedMatrix) -> ir.Value:
         codes=np.pad(weight.codes.reshape(1, -1), ((0, 0), (0, missing))),
     )
     values = expanded(writer, whole, weight.levels, "table.float")
-    absmax = writer.initializer(f"{weight.name}.absmax", lambda: weight.absmax)
-    column = writer.node("Unsqueeze", [absmax, writer.integers(1)])
-    scaled = writer.node("Mul", [writer.node("Reshape", [values, writer.integers(blocks, block)]), column])
+    scaled = writer.node("Reshape", [values, writer.integers(blocks, block)])
+    for operator, each, part in (("Mul", weight.absmax, "absmax"), ("Add", weight.offset, "offset")):
+        if each is not None:
+            column = writer.initializer(f"{weight.name}.{part}", partial(np.asarray, each))
+            scaled = writer.node(operator, [scaled, writer.node("Unsqueeze", [column, writer.integers(1)])])
     flat = writer.node("Reshape", [scaled, writer.integers(-1)])
     cut = writer.node("Slice", [flat, writer.integers(0), writer.integers(size), writer.integers(0)])
     return writer.node("Reshape", [cut, writer.integers(weight.out_features, weight.in_features)])

@@ -79,7 +79,7 @@ class ModuleWriter:
 
     def _packed(self, name: str, quantized: QuantizedTensor) -> PackedMatrix:
         """Return the weight under the name of the first module that holds these very codes."""
-        key = (quantized.codes.data_ptr(), quantized.absmax.data_ptr())
+        key = (quantized.codes.data_ptr(), quantized.scales.stored.data_ptr())
         return PackedMatrix.of(self._names.setdefault(key, f"{name}.weight"), quantized)
 
     def _dense(self, name: str, tensor: Tensor) -> ir.Value:

@@ -16,7 +16,7 @@ KERNEL_BLOCKS = (128, 64, 32, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class PackedMatrix:
-    """The weight `levels[codes[n, k]] * absmax[(n * in_features + k) // block_size]`.
+    """The weight `levels[codes[n, k]] * absmax[b] + offset[b]`; its block b is `(n * in_features + k) // block_size`.
 
     Attributes:
         name: What its initializers' names begin with.
@@ -24,6 +24,7 @@ class PackedMatrix:
         absmax: float32 (blocks,), over the row-major flat order: a block may cross rows.
         levels: float32 (levels,), ascending within [-1, 1].
         block_size: Consecutive flat weights that share a scale.
+        offset: float32 (blocks,) in affine formats, else None.
     """
 
     name: str
@@ -31,6 +32,7 @@ class PackedMatrix:
     absmax: npt.NDArray[np.float32] = field(repr=False)
     levels: npt.NDArray[np.float32] = field(repr=False)
     block_size: int
+    offset: npt.NDArray[np.float32] | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, name: str, quantized: QuantizedTensor) -> PackedMatrix:
@@ -41,6 +43,7 @@ class PackedMatrix:
             absmax=quantized.absmax.cpu().numpy(),
             levels=get_format(quantized.format).levels.cpu().numpy(),
             block_size=quantized.block_size,
+            offset=None if quantized.offsets is None else quantized.offsets.values().cpu().numpy(),
         )
 
     @property

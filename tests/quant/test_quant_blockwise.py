@@ -12,6 +12,9 @@ from safetensors.torch import load, save
 from quant import QuantError, QuantizedTensor, format_names, get_format, quantize
 
 FORMATS = st.sampled_from(format_names())
+SYMMETRIC = st.sampled_from([name for name in format_names() if not get_format(name).affine])
+AFFINE = st.sampled_from([name for name in format_names() if get_format(name).affine])
+STORAGE = st.sampled_from(["float32", "float16", "double"])
 BLOCKS = st.sampled_from([16, 64])
 COUNTS = st.one_of(st.sampled_from([1, 15, 16, 17, 63, 64, 65]), st.integers(1, 300))
 SEEDS = st.integers(0, 2**32 - 1)
@@ -29,12 +32,12 @@ def blocks_of(flat: np.ndarray, block_size: int) -> list[np.ndarray]:
     return [flat[i : i + block_size] for i in range(0, len(flat), block_size)]
 
 
-@given(format=FORMATS, block_size=BLOCKS, count=COUNTS, seed=SEEDS)
+@given(format=SYMMETRIC, block_size=BLOCKS, count=COUNTS, seed=SEEDS)
 def test_each_weight_takes_the_nearest_level_of_its_block(
     format: str, block_size: int, count: int, seed: int
 ) -> None:
     flat = weights(seed, count)
-    quantized = quantize(torch.from_numpy(flat), format, block_size)
+    quantized = quantize(torch.from_numpy(flat), format, block_size, fitted=False)
     levels = get_format(format).levels.double().numpy()
     codes = quantized.unpacked_codes().numpy()
     for i, block in enumerate(blocks_of(flat.astype(np.float64), block_size)):
@@ -53,22 +56,93 @@ def test_the_error_is_at_most_half_the_widest_gap(
     format: str, block_size: int, count: int, seed: int
 ) -> None:
     flat = weights(seed, count)
-    quantized = quantize(torch.from_numpy(flat), format, block_size)
+    quantized = quantize(torch.from_numpy(flat), format, block_size, fitted=False)
     error = np.abs(flat.astype(np.float64) - quantized.dequantize(torch.float64).numpy())
     half_gap = get_format(format).levels.double().diff().max().item() / 2
-    for i, block in enumerate(blocks_of(error, block_size)):
-        assert (block <= quantized.absmax[i].item() * (half_gap + 2e-7)).all()
+    for i, (block, weight) in enumerate(zip(blocks_of(error, block_size), blocks_of(flat, block_size))):
+        # In an affine format the scale is half the block's range, never more than its largest weight.
+        assert quantized.absmax[i].item() <= np.abs(weight).max() * (1 + 1e-7)
+        assert (block <= quantized.absmax[i].item() * half_gap + 3e-7 * np.abs(weight).max()).all()
 
 
-@given(format=FORMATS, block_size=BLOCKS, count=COUNTS, seed=SEEDS)
+@given(format=SYMMETRIC, block_size=BLOCKS, count=COUNTS, seed=SEEDS)
 def test_quantizing_what_was_dequantized_changes_nothing(
     format: str, block_size: int, count: int, seed: int
 ) -> None:
-    once = quantize(torch.from_numpy(weights(seed, count)), format, block_size)
-    twice = quantize(once.dequantize(), format, block_size)
+    once = quantize(torch.from_numpy(weights(seed, count)), format, block_size, fitted=False)
+    twice = quantize(once.dequantize(), format, block_size, fitted=False)
     assert torch.equal(once.codes, twice.codes)
     assert torch.equal(once.absmax, twice.absmax)
     assert torch.equal(once.dequantize(), twice.dequantize())
+
+
+@given(format=AFFINE, block_size=BLOCKS, count=COUNTS, seed=SEEDS)
+def test_quantizing_it_again_over_its_range_changes_rounding_alone(
+    format: str, block_size: int, count: int, seed: int
+) -> None:
+    once = quantize(torch.from_numpy(weights(seed, count)), format, block_size, fitted=False)
+    twice = quantize(once.dequantize(), format, block_size, fitted=False)
+    assert torch.equal(once.codes, twice.codes)
+    largest = once.dequantize().abs().max()
+    torch.testing.assert_close(twice.dequantize(), once.dequantize(), rtol=0, atol=3e-7 * float(largest))
+
+
+@given(format=FORMATS, block_size=BLOCKS, count=COUNTS, seed=SEEDS)
+def test_fitted_scales_are_never_worse_than_covering_ones(
+    format: str, block_size: int, count: int, seed: int
+) -> None:
+    flat = torch.from_numpy(weights(seed, count))
+    covering, fitted = (quantize(flat, format, block_size, fitted=fitted) for fitted in (False, True))
+    squares = [
+        [np.square(block).sum() for block in blocks_of((flat - q.dequantize()).double().numpy(), block_size)]
+        for q in (covering, fitted)
+    ]
+    slack = [1e-6 * np.square(block).sum() for block in blocks_of(flat.double().numpy(), block_size)]
+    assert all(after <= before + more for before, after, more in zip(*squares, slack, strict=True))
+
+
+def test_a_fitted_block_is_near_the_best_of_a_dense_search() -> None:
+    blocks = np.random.default_rng(0).standard_normal((40, 64))
+    levels = get_format("uint2").levels.double().numpy()
+    found = quantize(torch.from_numpy(blocks), "uint2", 64).dequantize(torch.float64).numpy()
+    errors = np.square(blocks - found).sum(axis=1)
+    best = np.array([_least_error(block, levels) for block in blocks])
+    assert (errors <= 1.3 * best).all()
+    assert errors.sum() <= 1.05 * best.sum()
+
+
+def _least_error(block: np.ndarray, levels: np.ndarray) -> float:
+    scales, offsets = np.linspace(0.7, 2.4, 60), np.linspace(-0.8, 0.8, 60)
+    return min(
+        np.square(block - _snapped(block, levels * scale + offset)).sum()
+        for scale in scales
+        for offset in offsets
+    )
+
+
+def _snapped(block: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    return levels[np.abs(block[:, None] - levels).argmin(axis=1)]
+
+
+@given(format=FORMATS, storage=STORAGE, seed=SEEDS)
+def test_rows_of_whole_blocks_are_taken_without_dequantizing(format: str, storage: str, seed: int) -> None:
+    drawn = torch.randn(40, 48, generator=torch.Generator().manual_seed(seed))
+    quantized = quantize(drawn, format, 16, scale_storage=storage)
+    index = torch.tensor([3, 39, 3, 0])
+    assert torch.equal(quantized.rows(index).dequantize(), quantized.dequantize()[index])
+    with pytest.raises(QuantError, match="cross rows"):
+        quantize(drawn, format, 64).rows(index)
+
+
+@given(format=FORMATS, seed=SEEDS, factor=st.sampled_from([1.0, -2.0, 2.0**40, 2.0**-40]))
+def test_a_power_of_two_goes_through_quantization(format: str, seed: int, factor: float) -> None:
+    drawn = torch.randn(5, 33, generator=torch.Generator().manual_seed(seed))
+    mirrored = torch.equal(get_format(format).levels, -get_format(format).levels.flip(0))
+    if factor > 0 or mirrored:
+        scaled = quantize(drawn * factor, format, 16).dequantize()
+        torch.testing.assert_close(
+            scaled, quantize(drawn, format, 16).dequantize() * factor, rtol=1e-5, atol=0
+        )
 
 
 @given(format=FORMATS, seed=SEEDS)
@@ -76,7 +150,9 @@ def test_dequantizing_is_level_times_scale(format: str, seed: int) -> None:
     quantized = quantize(torch.from_numpy(weights(seed, 7 * 23)).view(7, 23), format, 16)
     levels = get_format(format).levels.numpy()[quantized.unpacked_codes().numpy()]
     scales = np.repeat(quantized.absmax.numpy(), 16)[: 7 * 23].reshape(7, 23)
-    np.testing.assert_array_equal(quantized.dequantize().numpy(), levels * scales)
+    offsets = np.zeros(11) if quantized.offsets is None else quantized.offsets.values().numpy()
+    expected = levels * scales + np.repeat(offsets, 16)[: 7 * 23].reshape(7, 23).astype(np.float32)
+    np.testing.assert_array_equal(quantized.dequantize().numpy(), expected)
     assert quantized.shape == (7, 23)
 
 
@@ -113,6 +189,7 @@ def test_the_state_goes_through_safetensors(format: str) -> None:
     weight = torch.randn(5, 21, generator=torch.Generator().manual_seed(1))
     quantized = quantize(weight, format, 16)
     back = QuantizedTensor.from_state_dict(load(save(quantized.state_dict())))
+    assert torch.equal(back.dequantize(), quantized.dequantize())
     assert (back.format, back.shape, back.block_size) == (format, (5, 21), 16)
     assert torch.equal(back.codes, quantized.codes)
     assert torch.equal(back.absmax, quantized.absmax)
@@ -132,6 +209,61 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         QuantizedTensor.from_state_dict({**state, "codes": good.codes[1:]})
     with pytest.raises(QuantError, match="bfloat16"):
         QuantizedTensor.from_state_dict({**state, "absmax": good.absmax.bfloat16()})
+    with pytest.raises(QuantError, match="nf4 has no offsets"):
+        QuantizedTensor.from_state_dict({**state, "offset": good.absmax})
+    with pytest.raises(QuantError, match="uint4 needs offsets"):
+        QuantizedTensor.from_state_dict({**state, "format": torch.tensor(list(b"uint4"), dtype=torch.uint8)})
+
+
+@pytest.mark.parametrize("format", format_names())
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(3, 70),
+        torch.full((3, 70), -0.3),
+        torch.tensor([[2.5]]),
+        torch.full((2, 40), 1e-40),
+        torch.linspace(-1e30, 1e30, 130),
+        torch.linspace(-1, 1, 130) * 3e38,
+        torch.linspace(-1, 1, 130).bfloat16(),
+    ],
+    ids=["zero", "constant", "one", "denormal", "1e30", "largest", "bfloat16"],
+)
+def test_unusual_weights_stay_within_the_bound(format: str, weight: torch.Tensor) -> None:
+    exact = weight.double()
+    half_gap = get_format(format).levels.double().diff().max().item() / 2
+    for fitted in (False, True):
+        quantized = quantize(weight, format, 32, fitted=fitted)
+        values = quantized.dequantize(torch.float64)
+        assert values.isfinite().all()
+        bound = exact.abs().max() * (half_gap if not fitted else 1) + 1e-44
+        assert ((values - exact).abs() <= bound * (1 + 1e-6)).all()
+        if exact.min() == exact.max() and -1 in get_format(format).levels:
+            torch.testing.assert_close(values, exact, rtol=2e-6, atol=2e-45)
+
+
+@given(format=FORMATS, storage=STORAGE, seed=SEEDS)
+def test_stored_scales_cost_little(format: str, storage: str, seed: int) -> None:
+    drawn = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
+    plain, stored = (quantize(drawn, format, 64, scale_storage=kind) for kind in ("float32", storage))
+    error, plain_error = ((drawn - q.dequantize()).norm() for q in (stored, plain))
+    assert error <= plain_error * 1.01 + 0.005 * drawn.norm()
+    each = {"float32": 4, "float16": 2, "double": 1}[storage]
+    numbers = (2 if get_format(format).affine else 1) * (64 * each + (8 if storage == "double" else 0))
+    assert stored.nbytes == 64 * 64 * get_format(format).bits // 8 + numbers
+
+
+def test_scales_that_float16_cannot_hold_are_refused() -> None:
+    for size in (1e6, 1e-7):
+        with pytest.raises(QuantError, match="float16"):
+            quantize(torch.randn(64) * size, scale_storage="float16")
+    with pytest.raises(QuantError, match="int5"):
+        quantize(torch.randn(64), scale_storage="int5")
+
+
+def test_what_cannot_be_quantized_is_named() -> None:
+    with pytest.raises(QuantError, match=r"layers\.0\.up of shape"):
+        quantize(torch.tensor([torch.nan]), name="layers.0.up")
 
 
 @pytest.mark.parametrize(
