@@ -16,6 +16,7 @@ from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.linear import QuantLinear
 from quant.loftq import LoftQResult, loftq
+from quant.mix import Mix, mix_for_budget, paper_mix
 from quant.packed import cache_dequantized
 from quant.packing import pack, unpack
 from quant.scales import Scales
@@ -27,6 +28,7 @@ __all__ = [
     "LayerReport",
     "LoftQConfig",
     "LoftQResult",
+    "Mix",
     "QuantEmbedding",
     "QuantError",
     "QuantLinear",
@@ -40,7 +42,9 @@ __all__ = [
     "load_quantized_",
     "loftq",
     "loftq_model",
+    "mix_for_budget",
     "pack",
+    "paper_mix",
     "quantize",
     "register_format",
     "save_quantized",
