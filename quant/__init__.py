@@ -5,7 +5,7 @@ Stands alone: it needs torch, numpy and safetensors, and nothing of graphprune.
 
 from __future__ import annotations
 
-from quant import formats
+from quant import formats, ternary
 from quant.apply import LayerReport, LoftQConfig, loftq_model
 from quant.blockwise import QuantizedTensor, quantize
 from quant.codebooks import Format, format_names, get_format, register_format
@@ -37,5 +37,6 @@ __all__ = [
     "quantize",
     "register_format",
     "save_quantized",
+    "ternary",
     "unpack",
 ]
