@@ -105,10 +105,6 @@ def _decode(codes: Tensor, zeros: int, longest: int) -> Tensor:
 def _tables(zeros: int, longest: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return symbols, starts and lengths of a dictionary's words on a device."""
     words = dictionary(zeros, longest)
-    # A first use in inference mode must not leave tensors behind that autograd refuses.
-    with torch.inference_mode(False):
-        tables = (
-            torch.from_numpy(table).to(device) for table in (words.symbols, words.starts, words.lengths)
-        )
-        symbols, starts, lengths = tables
-        return symbols, starts, lengths
+    tables = words.symbols, words.starts, words.lengths
+    symbols, starts, lengths = (torch.from_numpy(table).to(device) for table in tables)
+    return symbols, starts, lengths

@@ -13,7 +13,7 @@ BLOCK = 128
 
 def compensated_symbols(
     weight: Tensor, covariance: Tensor, grid: TernaryGrid, damping: float = 0.1
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Round each column in turn and let the columns after it make up for the error on the inputs.
 
     Args:
@@ -23,12 +23,12 @@ def compensated_symbols(
         damping: Share of the mean diagonal that is added to the diagonal.
 
     Returns:
-        The symbols, uint8 of the weight's shape, and bool (experts,), false for experts whose covariance has no
-        Cholesky factor: their symbols mean nothing.
+        The symbols, uint8 of the weight's shape; the nearest ones for experts whose covariance has no Cholesky
+        factor.
 
     Source: Frantar et al., GPTQ (arXiv 2210.17323) algorithm 1; QMoE (arXiv 2310.16795) section 3.2.
     """
-    influence, usable = _influence(covariance, damping)
+    influence = _influence(covariance, damping)
     weight, symbols = weight.clone(), torch.empty_like(weight, dtype=torch.uint8)
     columns = weight.shape[-1]
     for start in range(0, columns, BLOCK):
@@ -41,7 +41,7 @@ def compensated_symbols(
             errors[..., column : column + 1] = error = now - grid.values(symbol)
             part[..., column + 1 :] -= error * inner[:, column : column + 1, column + 1 :]
         weight[..., stop:] -= errors @ influence[:, start:stop, stop:]
-    return symbols, usable
+    return symbols
 
 
 def squared_output_error(error: Tensor, covariance: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def squared_output_error(error: Tensor, covariance: Tensor) -> Tensor:
     return ((error @ covariance) * error).sum(dim=(-2, -1), dtype=torch.float64).clamp(min=0)
 
 
-def _influence(covariance: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def _influence(covariance: Tensor, damping: float) -> Tensor:
     """Return how much of a column's error each later column makes up for: row i of U / U_ii, with U^T U = C^-1.
 
     A Cholesky factor of the covariance read backwards is that of its inverse, so nothing is inverted but a triangle.
@@ -64,7 +64,6 @@ def _influence(covariance: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     unit = torch.where(mean > 0, mean, torch.ones_like(mean))[:, None, None]
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     factor, failed = torch.linalg.cholesky_ex((covariance / unit + damping * identity).flip(-2, -1))
-    usable = (failed == 0) & factor.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=-1)
-    factor = torch.where(usable[:, None, None], factor.flip(-2, -1), identity)
+    factor = torch.where((failed == 0)[:, None, None], factor.flip(-2, -1), identity)
     upper = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=True)
-    return upper / upper.diagonal(dim1=-2, dim2=-1)[..., None], usable
+    return upper / upper.diagonal(dim1=-2, dim2=-1)[..., None]

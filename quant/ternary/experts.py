@@ -185,11 +185,11 @@ def _round_some(
     better = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
     outputs = outputs_error = weight.new_zeros(len(weight), dtype=torch.float64)
     if covariance is not None:
-        compensated, usable = compensated_symbols(weight, covariance, grid, config.damping)
+        compensated = compensated_symbols(weight, covariance, grid, config.damping)
         nearest_error, outputs_error = (
             squared_output_error(weight - grid.values(some), covariance) for some in (symbols, compensated)
         )
-        better = usable & (outputs_error < nearest_error)
+        better = outputs_error < nearest_error
         if enough is not None:
             better &= enough.to(better.device)
         symbols = torch.where(better[:, None, None], compensated, symbols)

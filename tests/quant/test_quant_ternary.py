@@ -272,8 +272,7 @@ def test_compensated_rounding_follows_the_definition() -> None:
     weight = torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(4))
     covariance = inputs.mT @ inputs
     grid = row_grid(weight)
-    found, usable = compensated_symbols(weight, covariance, grid, damping=0.1)
-    assert usable.all()
+    found = compensated_symbols(weight, covariance, grid, damping=0.1)
     for expert in range(2):
         hessian = covariance[expert].double().numpy()
         hessian = hessian + 0.1 * np.diag(hessian).mean() * np.eye(20)
@@ -294,9 +293,9 @@ def test_compensated_rounding_follows_the_definition() -> None:
 def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = spread_inputs(2, 50, 80, seed=5)
     weight = torch.randn(2, 6, 50, generator=torch.Generator().manual_seed(6))
-    whole, _ = compensated_symbols(weight, inputs.mT @ inputs, row_grid(weight))
+    whole = compensated_symbols(weight, inputs.mT @ inputs, row_grid(weight))
     monkeypatch.setattr("quant.ternary.compensation.BLOCK", 16)
-    blocked, _ = compensated_symbols(weight, inputs.mT @ inputs, row_grid(weight))
+    blocked = compensated_symbols(weight, inputs.mT @ inputs, row_grid(weight))
     assert (whole != blocked).float().mean() < 0.005
 
 
@@ -323,6 +322,14 @@ def test_compensation_is_never_worse_on_the_inputs(levels: Any) -> None:
         assert result.report.weight_error == pytest.approx(
             float((weight - values).norm() / weight.norm()), rel=1e-4
         )
+
+
+def test_without_a_cholesky_factor_weights_are_rounded_to_the_nearest() -> None:
+    weight = torch.randn(3, 8, 40, generator=torch.Generator().manual_seed(0))
+    covariance = torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(1))
+    covariance = torch.cat([-covariance[:2].mT @ covariance[:2], torch.ones(1, 40, 40) - 2 * torch.eye(40)])
+    grid = row_grid(weight)
+    assert torch.equal(compensated_symbols(weight, covariance, grid), grid.symbols(weight))
 
 
 def test_experts_without_inputs_are_rounded_to_the_nearest() -> None:
@@ -419,6 +426,9 @@ def test_one_matrix_is_one_expert() -> None:
     assert one.quantized.shape == (32, 96)
     assert torch.equal(one.quantized.dequantize(), stacked.quantized.dequantize()[0])
     assert one.report == stacked.report
+    # Stored as (experts, in, out), the way its users read it is a transposed view.
+    transposed = quantize_experts(weight.mT.contiguous().mT, inputs.mT @ inputs)
+    assert torch.equal(one.quantized.dequantize(), transposed.quantized.dequantize())
 
 
 def test_experts_are_quantized_each_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
