@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.blockwise import QuantizedTensor, quantize
+from quant.blockwise import QuantizedTensor, check_weight, quantize
+from quant.compensated import SWEEPS, CompensatedRounding
+from quant.covariance import InputNorm
 from quant.errors import QuantError
 from quant.low_rank import low_rank
+from quant.scales import Storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -22,8 +25,9 @@ class LoftQResult:
         quantized: The frozen part.
         lora_A: float32 (rank, in_features).
         lora_B: float32 (out_features, rank).
-        errors: Relative Frobenius error ``||W - Q - B A|| / ||W||`` of plain quantization (index 0) and after
-            each iteration; the factors returned have the least of them.
+        errors: Relative error ``||W - Q - B A|| / ||W||`` of plain quantization (index 0) and after each
+            iteration, in the norm that was minimized: Frobenius, or that of the outputs where a covariance was
+            given. The factors returned have the least of them.
     """
 
     quantized: QuantizedTensor
@@ -34,24 +38,40 @@ class LoftQResult:
 
 def loftq(
     weight: Tensor,
-    format: str = "nf4",
+    format: str | int = "nf4",
     rank: int = 16,
     iterations: int = 5,
     block_size: int = 64,
+    *,
+    covariance: Tensor | InputNorm | None = None,
+    compensated: bool | None = None,
+    fitted: bool | None = None,
+    scale_storage: Storage = "float32",
     seed: int = 0,
+    name: str = "the weight",
 ) -> LoftQResult:
     """Quantize a weight by LoftQ: alternate quantizing ``W - B A`` and fitting ``B A`` to ``W - Q``.
 
     The error need not fall with every iteration, so the best iterate is returned, never one worse than plain
     quantization. The work is done in float32 on the weight's device.
 
+    Given the covariance of the layer's inputs, both steps minimize the error of its outputs instead: ``B A`` by
+    the closed form ``SVD(E L) L^-1``, and Q, unless told otherwise, by error-compensating rounding.
+
     Args:
         weight: Floating point (out_features, in_features), finite.
-        format: A name of `quant.format_names()`.
+        format: A name of `quant.format_names()`, or a number of bits for the best format of that many.
         rank: Rank of the adapters, at least 1.
         iterations: Alternating steps. 0 gives QLoRA's start: plain quantization, B zero and A Gaussian.
         block_size: Consecutive elements that share a scale: a power of two from 16 to 4096.
+        covariance: (in_features, in_features), the mean of ``x^T x`` over calibration inputs x; None for LoftQ
+            as published.
+        compensated: Whether rounding makes up for its own errors (GPTQ); None for yes where a covariance is
+            given. True needs one.
+        fitted: As in `quantize`.
+        scale_storage: As in `quantize`.
         seed: Of the Gaussian A and of the randomized low-rank step; the global generator is left alone.
+        name: Of the weight, for messages.
 
     Returns:
         The quantized weight, the adapters, and the error after each step.
@@ -59,28 +79,101 @@ def loftq(
     Raises:
         QuantError: The weight is no matrix or cannot be quantized, or an argument is out of range.
 
-    Source: Li et al., LoftQ (arXiv 2310.08659), algorithm 1.
+    Source: Li et al., LoftQ (arXiv 2310.08659), algorithm 1; Zhang et al., QERA (arXiv 2410.06040), theorem 1,
+        for the closed form.
     """
     _check(weight, rank, iterations)
     target = weight.detach().to(torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    quantized = quantize(target, format, block_size)
+    step = _Step(
+        target=target,
+        format=format,
+        rank=rank,
+        block_size=block_size,
+        norm=_input_norm(covariance, target, compensated, name),
+        compensated=covariance is not None if compensated is None else compensated,
+        fitted=fitted,
+        scale_storage=scale_storage,
+        generator=torch.Generator().manual_seed(seed),
+        name=name,
+    )
+    quantized = step.quantize(target)
     dequantized = quantized.dequantize()
-    lora_B, lora_A = _qlora_factors(target, rank, generator)
-    errors = [relative_error(target, dequantized)]
+    lora_B, lora_A = _qlora_factors(target, rank, step.generator)
+    errors = [step.error(target - dequantized)]
     best = quantized, lora_A, lora_B
     subspace = None
-    for step in range(iterations):
-        if step:
-            quantized = quantize(target - lora_B @ lora_A, format, block_size)
+    for iteration in range(iterations):
+        if iteration:
+            quantized = step.quantize(target.addmm(lora_B, lora_A, alpha=-1))
             dequantized = quantized.dequantize()
-        factors = low_rank(target - dequantized, rank, generator, subspace)
-        lora_A, lora_B, subspace = factors.right, factors.left, factors.subspace
-        error = relative_error(target, dequantized + lora_B @ lora_A)
+        missing = target - dequantized
+        lora_B, lora_A, subspace = step.fit(missing, subspace)
+        error = step.error(missing.addmm_(lora_B, lora_A, alpha=-1))
         if error < min(errors):
             best = quantized, lora_A, lora_B
         errors.append(error)
     return LoftQResult(quantized=best[0], lora_A=best[1], lora_B=best[2], errors=errors)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Step:
+    """The two steps that alternate, and the norm in which both are measured."""
+
+    target: Tensor
+    format: str | int
+    rank: int
+    block_size: int
+    norm: InputNorm | None
+    compensated: bool
+    fitted: bool | None
+    scale_storage: Storage
+    generator: torch.Generator
+    name: str
+    rounding: CompensatedRounding | None = None
+
+    def quantize(self, weight: Tensor) -> QuantizedTensor:
+        """Round a weight; with compensation go on from the codes of the time before, so that no time is worse."""
+        if self.norm is not None and self.compensated:
+            if self.rounding is None:
+                check_weight(weight, self.name)
+                self.rounding = CompensatedRounding(
+                    weight, self.norm, self.format, self.block_size, self.fitted
+                )
+            self.rounding.retarget(weight)
+            for _ in range(SWEEPS):
+                self.rounding.sweep()
+            return self.rounding.packed(self.scale_storage)
+        return quantize(
+            weight,
+            self.format,
+            self.block_size,
+            fitted=self.fitted,
+            scale_storage=self.scale_storage,
+            name=self.name,
+        )
+
+    def fit(self, missing: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the B and A whose product is nearest to what is missing, and where to start the next time."""
+        if self.norm is None:
+            found = low_rank(missing, self.rank, self.generator, start)
+            return found.left, found.right, found.subspace
+        found = low_rank(self.norm.whiten(missing), self.rank, self.generator, start)
+        return *_evened(found.left, self.norm.unwhiten(found.right)), found.subspace
+
+    def error(self, missing: Tensor) -> float:
+        if self.norm is None:
+            return _ratio(
+                float(torch.linalg.vector_norm(missing)), float(torch.linalg.vector_norm(self.target))
+            )
+        return _ratio(self.norm.error(missing), self.norm.error(self.target))
+
+
+def _evened(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of the same product in which the two vectors of each component are equally long."""
+    left_norm, right_norm = torch.linalg.vector_norm(left, dim=0), torch.linalg.vector_norm(right, dim=1)
+    usable = (left_norm > 0) & (right_norm > 0)
+    root = torch.where(usable, (right_norm / left_norm).sqrt(), torch.ones_like(left_norm))
+    return left * root, right / root[:, None]
 
 
 def _qlora_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -92,8 +185,28 @@ def _qlora_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tup
 
 def relative_error(target: Tensor, approximation: Tensor) -> float:
     """Return ``||target - approximation|| / ||target||`` (Frobenius); 0 where the target is zero."""
-    norm = float(torch.linalg.vector_norm(target))
-    return float(torch.linalg.vector_norm(target - approximation)) / norm if norm > 0 else 0.0
+    missing = torch.linalg.vector_norm(target - approximation)
+    return _ratio(float(missing), float(torch.linalg.vector_norm(target)))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def _input_norm(
+    covariance: Tensor | InputNorm | None, target: Tensor, compensated: bool | None, name: str
+) -> InputNorm | None:
+    if covariance is None:
+        if compensated:
+            raise QuantError(f"{name}: compensated rounding without a covariance", "pass covariance=")
+        return None
+    norm = covariance if isinstance(covariance, InputNorm) else InputNorm.of(covariance)
+    if len(norm.factor) != target.shape[1]:
+        raise QuantError(
+            f"{name} has {target.shape[1]} inputs, the covariance {len(norm.factor)}",
+            "pass the covariance of this layer's inputs",
+        )
+    return norm
 
 
 def _check(weight: Tensor, rank: int, iterations: int) -> None:
