@@ -158,13 +158,11 @@ def _round(
     # Powers of two change no digit, and keep squares of any weights within float32's range.
     largest = torch.stack(stack.aminmax()).abs().amax().to(torch.float32)
     unit = 2.0 ** min(max(int(largest.frexp().exponent), -126), 126)
-    diagonal = None if covariance is None else covariance.diagonal(dim1=-2, dim2=-1)
-    input_unit = 1.0 if diagonal is None else float(diagonal.abs().amax()) or 1.0
     parts = []
     for start in range(0, len(stack), EXPERTS_AT_ONCE):
         some = slice(start, start + EXPERTS_AT_ONCE)
         weight = stack[some].to(torch.float32) / unit
-        inputs = None if covariance is None else covariance[some].to(torch.float32) / input_unit
+        inputs = None if covariance is None else covariance[some].to(torch.float32)
         enough = None if tokens is None else tokens[some] >= config.fewest_tokens
         parts.append(_round_some(weight, inputs, enough, config))
     return _Rounded(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,6 +24,7 @@ from quant.ternary import (
     PackedExperts,
     TernaryConfig,
     TernaryTensor,
+    collect_expert_inputs,
     encode_ternary,
     quantize_experts,
     replace_parameter_,
@@ -122,6 +123,7 @@ def test_a_dictionary_out_of_range_is_refused(zeros: int, longest: int) -> None:
 # The coding
 
 
+@settings(max_examples=50)
 @given(
     rows=st.integers(0, 5),
     width=st.integers(0, 70),
@@ -535,6 +537,29 @@ def test_a_mixture_runs_on_packed_experts() -> None:
     assert [name for name, _ in packed.named_parameters()] == ["router.weight"]
 
 
+def test_the_inputs_of_each_expert_are_summed() -> None:
+    torch.manual_seed(0)
+    model = Mixture(6, 32, 48)
+    batches = [torch.randn(30, 32), torch.randn(20, 32)]
+    found = collect_expert_inputs(model, batches, ["up", "down"])
+    tokens = torch.cat(batches)
+    chosen = model.router(tokens).argmax(-1)
+    for expert in range(6):
+        inputs = tokens[chosen == expert]
+        hidden = (inputs @ model.up[expert].T).relu().detach()
+        for name, expected in (("up", inputs), ("down", hidden)):
+            assert int(found[name].tokens[expert]) == len(expected)
+            torch.testing.assert_close(
+                found[name].covariance[expert], expected.T @ expected, rtol=1e-4, atol=1e-3
+            )
+    result = quantize_experts(model.up, found["up"].covariance, found["up"].tokens)
+    assert result.report.compensated == int((found["up"].tokens >= TernaryConfig().fewest_tokens).sum())
+    with pytest.raises(QuantError, match="was given to linear"):
+        collect_expert_inputs(model, [], ["up"])
+    with pytest.raises(QuantError, match="not a stack of experts"):
+        collect_expert_inputs(model, batches, ["router.weight"])
+
+
 def test_the_last_used_experts_are_kept_within_the_bound() -> None:
     decoded = DecodedExperts(250)
     made: list[int] = []
@@ -629,17 +654,22 @@ def test_qwen3_moe_of_transformers_runs_on_packed_experts() -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
     dense, decoded = copy.deepcopy(model), DecodedExperts(4 * 48 * 64 * 4)
-    how = TernaryConfig(block_size=16, scale_storage="float32")
-    before = sum(parameter.nbytes for name, parameter in model.named_parameters() if ".experts." in name)
-    for layer, same in zip(model.model.layers, dense.model.layers, strict=True):
-        for name in ("gate_up_proj", "down_proj"):
-            result = quantize_experts(layer.mlp.experts.get_parameter(name), config=how)
-            assert result.report.format == "ternary"
-            replace_parameter_(layer.mlp.experts, name, PackedExperts(result.quantized, decoded=decoded))
-            same.mlp.experts.get_parameter(name).data = result.quantized.dequantize()
+    tokens = torch.arange(60).view(4, 15)
+    names = [name for name, _ in model.named_parameters() if ".experts." in name]
+    inputs = collect_expert_inputs(model, [tokens], names)
+    assert all(int(inputs[name].tokens.sum()) == 2 * tokens.numel() for name in names)
+    before = sum(model.get_parameter(name).nbytes for name in names)
+    for name in names:
+        seen = inputs[name]
+        how = TernaryConfig(block_size=16, scale_storage="float32")
+        result = quantize_experts(model.get_parameter(name), seen.covariance, seen.tokens, how, name)
+        assert result.report.format == "ternary"
+        assert result.report.compensated
+        path, _, last = name.rpartition(".")
+        replace_parameter_(model.get_submodule(path), last, PackedExperts(result.quantized, decoded=decoded))
+        dense.get_parameter(name).data = result.quantized.dequantize()
     after = sum(buffer.nbytes for name, buffer in model.named_buffers() if ".experts." in name)
     assert after < before / 12
-    tokens = torch.arange(14).view(2, 7)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=0, atol=0)
     assert 0 < decoded.nbytes <= decoded.most_bytes
