@@ -524,14 +524,15 @@ def packed_mixture(decoded: DecodedExperts | None = None) -> tuple[Mixture, Mixt
     return packed, dense
 
 
-def test_a_mixture_runs_on_packed_experts() -> None:
-    decoded = DecodedExperts(3 * 32 * 48 * 4)
+@pytest.mark.parametrize("kept", [3, 12])
+def test_a_mixture_runs_on_packed_experts(kept: int) -> None:
+    decoded = DecodedExperts(kept * 32 * 48 * 4)
     packed, dense = packed_mixture(decoded)
     tokens = torch.randn(20, 32, requires_grad=True)
     with torch.inference_mode():
         packed(tokens)
     torch.testing.assert_close(packed(tokens), dense(tokens), rtol=0, atol=0)
-    assert decoded.nbytes == decoded.most_bytes
+    assert decoded.nbytes <= decoded.most_bytes
     gradients = [torch.autograd.grad(model(tokens).sum(), tokens)[0] for model in (packed, dense)]
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
     assert [name for name, _ in packed.named_parameters()] == ["router.weight"]
