@@ -1,6 +1,6 @@
 """Low-bit weights in PyTorch: codebooks, packing, LoftQ, and layers that train adapters over packed weights.
 
-Stands alone: it needs torch, numpy and safetensors, and nothing of graphprune.
+Stands alone: it needs torch alone, safetensors to save and load, and nothing of graphprune.
 """
 
 from __future__ import annotations
