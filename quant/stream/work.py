@@ -71,10 +71,8 @@ class Job:
         done = _read_json(self.output / DONE_FILE)
         if done.get("schema") != SCHEMA or done.get("job") != self.identity:
             return None
-        sizes = {name: (self.output / name) for name in done["files"]}
-        whole = all(
-            path.is_file() and path.stat().st_size == done["files"][name] for name, path in sizes.items()
-        )
+        sizes = {self.output / name: size for name, size in done["files"].items()}
+        whole = all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
         return done if whole else None
 
     def end(self) -> None:

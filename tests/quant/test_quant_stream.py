@@ -93,11 +93,13 @@ def stored_tensors(folder: Path, stem: str = "quant") -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("files", [1, 2, 5])
-@pytest.mark.parametrize("storage", ["float32", "double"])
-def test_each_layer_is_its_loftq_in_memory(tmp_path: Path, files: int, storage: str) -> None:
+@pytest.mark.parametrize(("storage", "iterations"), [("float32", 2), ("double", 2), ("float16", 0)])
+def test_each_layer_is_its_loftq_in_memory(tmp_path: Path, files: int, storage: str, iterations: int) -> None:
     tensors = checkpoint_tensors()
     source = save_checkpoint(tmp_path / "source", tensors, files)
-    config = replace(CONFIG, scale_storage=storage, formats=((r"1\.up", "uint2"), (r"up", "nf2")))
+    config = replace(
+        CONFIG, scale_storage=storage, iterations=iterations, formats=((r"1\.up", "uint2"), (r"up", "nf2"))
+    )
     reports = loftq_checkpoint(source, tmp_path / "out", config)
     found = stored_tensors(tmp_path / "out")
     assert [report.name for report in reports] == LAYERS
@@ -105,7 +107,7 @@ def test_each_layer_is_its_loftq_in_memory(tmp_path: Path, files: int, storage: 
     for report in reports:
         weight, format = tensors[f"{report.name}.weight"], formats.get(report.name, "nf4")
         seed = int.from_bytes(hashlib.sha256(f"0:{report.name}".encode()).digest()[:8], "little") // 2
-        expected = loftq(weight, format, 4, 2, 16, scale_storage=storage, seed=seed)
+        expected = loftq(weight, format, 4, iterations, 16, scale_storage=storage, seed=seed)
         parts = {**expected.quantized.parts(), "lora_A": expected.lora_A, "lora_B": expected.lora_B}
         for key, part in parts.items():
             stored = found.pop(f"{report.name}.{key}")
@@ -275,14 +277,24 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, sourc
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
 
 
-def test_a_part_that_was_cut_short_is_done_again(tmp_path: Path, source: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut short", "another layer's"])
+def test_a_part_that_is_not_whole_is_done_again(tmp_path: Path, source: Path, damage: str) -> None:
     with pytest.raises(Killed):
         loftq_checkpoint(source, tmp_path / "out", CONFIG, on_layer=kill_after(2))
-    part = next((tmp_path / "out" / ".work" / "parts").iterdir())
-    part.write_bytes(part.read_bytes()[:-1])
+    first, second = sorted((tmp_path / "out" / ".work" / "parts").iterdir())
+    first.write_bytes(first.read_bytes()[:-1] if damage == "cut short" else second.read_bytes())
     loftq_checkpoint(source, tmp_path / "out", CONFIG)
     loftq_checkpoint(source, tmp_path / "new", CONFIG)
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", ["config.json", "quant.safetensors", "quant.json", "stream.json"])
+def test_a_file_that_vanished_from_the_result_comes_back(tmp_path: Path, source: Path, name: str) -> None:
+    loftq_checkpoint(source, tmp_path / "out", CONFIG)
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / name).unlink()
+    loftq_checkpoint(source, tmp_path / "out", CONFIG)
+    assert contents(tmp_path / "out") == before
 
 
 def test_an_unfinished_run_is_not_taken_up_with_other_settings_or_another_source(
@@ -377,7 +389,7 @@ def test_a_wrong_setting_is_refused(setting: dict, match: str) -> None:
 def test_each_expert_of_a_stack_is_a_layer_of_its_own(tmp_path: Path) -> None:
     stack = torch.randn(3, 32, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
     tensors = {"layers.0.mlp.experts.up_proj": stack, "layers.0.mlp.gate.weight": torch.ones(3, 48)}
-    tensors["layers.0.conv.weight"] = torch.ones(4, 1, 3)
+    tensors |= {"layers.0.conv.weight": torch.ones(4, 1, 3), "layers.0.A_log": torch.ones(16, 16)}
     source = save_checkpoint(tmp_path / "source", tensors, files=1)
     reports = loftq_checkpoint(source, tmp_path / "out", CONFIG)
     names = [f"layers.0.mlp.experts.up_proj.{index}" for index in range(3)]
@@ -407,6 +419,15 @@ def test_processes_share_all_layers_and_about_equally(source: Path, processes: i
     loads = [sum(layer.shape[0] * layer.shape[1] for layer in each) for each in shares]
     # Graham's bound for this rule: at most one largest layer between the fullest and the emptiest.
     assert max(loads) - min(loads) <= WIDTH * INNER
+
+
+def test_the_largest_layers_are_dealt_first(tmp_path: Path) -> None:
+    save_file(
+        {f"{name}.weight": torch.ones(rows, 4) for name, rows in (("a", 1), ("b", 1), ("c", 2))},
+        tmp_path / "f",
+    )
+    layers = find_layers(read_header(tmp_path / "f").tensors, StreamConfig())
+    assert [[layer.name for layer in share(layers, place, 2)] for place in range(2)] == [["c"], ["a", "b"]]
 
 
 @pytest.mark.parametrize(
