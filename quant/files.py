@@ -1,12 +1,23 @@
-"""Files that are written whole or not at all, and their hashes."""
+"""Files that are written whole or not at all, their hashes, and the optional package that reads them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from quant.errors import QuantError
+
+
+def import_safetensors() -> Any:
+    """Return the module `safetensors.torch`; QuantError says how to install it where it is missing."""
+    try:
+        return import_module("safetensors.torch")
+    except ImportError as error:
+        raise QuantError("packed layers are stored as safetensors", "pip install safetensors") from error
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quant.blockwise import PART_NAMES, QuantizedTensor
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
-from quant.files import replace_file, sha256
+from quant.files import import_safetensors, replace_file, sha256
 from quant.linear import QuantLinear
 from quant.packed import PackedWeight
 from quant.tree import replace_module_
@@ -75,12 +75,11 @@ def save_quantized(model: nn.Module, folder: Path | str) -> None:
     Raises:
         QuantError: The model has no packed layer.
     """
-    from safetensors.torch import save_file
-
     layers, tensors = _collect(model)
     if not layers:
         raise QuantError(f"this {type(model).__name__} has no packed layer", "call loftq_model first")
     folder = Path(folder)
+    save_file = import_safetensors().save_file
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / TENSORS_FILE, lambda path: save_file(tensors, path))
     index = {
@@ -220,6 +219,7 @@ class _StoredTensors:
     """The tensors of some files, read when they are taken, so that never all are in memory beside the model's."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
+        import_safetensors()
         from safetensors import SafetensorError, safe_open
 
         self._files: dict[str, Path] = {}

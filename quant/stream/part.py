@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quant.errors import QuantError
-from quant.files import replace_file
+from quant.files import import_safetensors, replace_file
 from quant.loftq import LoftQResult, loftq
 from quant.stream.config import StreamConfig
 from quant.stream.header import StoredTensor, read_header
@@ -37,8 +37,7 @@ def write_part(path: Path, layer: Layer, config: StreamConfig, device: str) -> N
     Raises:
         QuantError: The weight cannot be read or quantized; the message names the layer.
     """
-    from safetensors.torch import save_file
-
+    save_file = import_safetensors().save_file
     result = _compress(layer, config, device)
     named = {**result.quantized.parts(), "lora_A": result.lora_A, "lora_B": result.lora_B}
     tensors = {f"{layer.name}.{key}": tensor.cpu().contiguous() for key, tensor in named.items()}

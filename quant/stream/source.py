@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import QuantError
+from quant.files import import_safetensors
 from quant.stream.header import Header, StoredTensor, read_header
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -75,6 +76,7 @@ def read_matrix(stored: StoredTensor, index: int | None = None) -> Tensor:
         stored: F32, F16 or BF16.
         index: Which matrix of a stack.
     """
+    import_safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
