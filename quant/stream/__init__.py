@@ -1,6 +1,6 @@
 """LoftQ over checkpoints larger than memory: read, quantized and written a layer at a time.
 
-Not imported by `import quant`, since it needs safetensors.
+Not imported by `import quant`. Needs safetensors.
 """
 
 from __future__ import annotations

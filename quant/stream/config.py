@@ -28,7 +28,7 @@ class StreamConfig:
     """What `loftq_checkpoint` does.
 
     Attributes:
-        format: Format of the linear layers.
+        format: Format of the linear layers: a name, or a number of bits for the best format of that many.
         formats: Pairs of a regular expression and a format: the first one found in a layer's name replaces
             `format` there.
         block_size: Consecutive weights that share a scale: a power of two from 16 to 4096.
@@ -47,8 +47,8 @@ class StreamConfig:
         QuantError: A value is out of range, a format unknown, or an expression malformed.
     """
 
-    format: str = "nf4"
-    formats: tuple[tuple[str, str], ...] = ()
+    format: str | int = "nf4"
+    formats: tuple[tuple[str, str | int], ...] = ()
     block_size: int = 64
     scale_storage: Storage = "float32"
     rank: int = 16
@@ -88,10 +88,9 @@ class StreamConfig:
         return _found(self.stacked, name) and self.takes(name)
 
     def format_of(self, name: str) -> str:
-        """Return the format of the layer of this name."""
-        return next(
-            (format for expression, format in self.formats if re.search(expression, name)), self.format
-        )
+        """Return the name of the format of the layer of this name."""
+        chosen = (format for expression, format in self.formats if re.search(expression, name))
+        return get_format(next(chosen, self.format)).name
 
 
 def _found(expressions: tuple[str, ...], name: str) -> bool:

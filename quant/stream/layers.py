@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from quant.apply import layer_seed
 from quant.errors import QuantError
 from quant.stream.config import StreamConfig
 from quant.stream.header import StoredTensor
@@ -23,7 +23,7 @@ class Layer:
         index: Which matrix of a stack; None for a tensor that is the matrix.
         bias: The tensor of its bias, which goes with it unchanged.
         format: The format it gets.
-        seed: Of its random start.
+        seed: Of its random start: that of `loftq_model`, the same in whatever order, by whichever process.
     """
 
     name: str
@@ -52,12 +52,6 @@ def find_layers(tensors: Mapping[str, StoredTensor], config: StreamConfig) -> li
             "no tensor of the checkpoint is taken as a linear layer", "widen include, narrow exclude"
         )
     return layers
-
-
-def seed_of(name: str, seed: int) -> int:
-    """Return the seed of a layer: the same in whatever order, by whichever process it is computed."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def share(layers: Sequence[Layer], process: int, processes: int) -> list[Layer]:
@@ -92,7 +86,7 @@ def _layers_of(key: str, tensors: Mapping[str, StoredTensor], config: StreamConf
     return [
         Layer(
             name=each, weight=tensor, index=index, bias=bias,
-            format=config.format_of(each), seed=seed_of(each, config.seed),
+            format=config.format_of(each), seed=layer_seed(config.seed, each),
         )
         for each, index in names
     ]  # fmt: skip
