@@ -546,6 +546,9 @@ def test_what_stays_on_the_meta_device_or_has_another_shape_is_named(tmp_path: P
         empty = llama()
     with pytest.raises(QuantError, match=r"on the meta device still.*inv_freq"):
         load_checkpoint_(empty, tmp_path / "out")
+    half = llama().bfloat16()
+    load_checkpoint_(half, tmp_path / "out")
+    assert half.model.norm.weight.dtype == half(TOKENS).logits.dtype == torch.bfloat16
     model = llama()
     model.model.norm.weight = nn.Parameter(torch.ones(8))
     with pytest.raises(QuantError, match=r"model\.norm\.weight has the shape \(8,\)"):
