@@ -3,12 +3,9 @@
 # ruff: noqa: N806 -- lora_A and lora_B are the names that the field uses
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 from quant.blockwise import PART_NAMES, QuantizedTensor
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
+from quant.files import import_safetensors, replace_file, sha256
 from quant.linear import QuantLinear
 from quant.packed import PackedWeight
 from quant.tree import replace_module_
@@ -81,17 +79,17 @@ def save_quantized(model: nn.Module, folder: Path | str) -> None:
     if not layers:
         raise QuantError(f"this {type(model).__name__} has no packed layer", "call loftq_model first")
     folder = Path(folder)
-    save_file = _safetensors().save_file
+    save_file = import_safetensors().save_file
     folder.mkdir(parents=True, exist_ok=True)
-    _replace_file(folder / TENSORS_FILE, lambda path: save_file(tensors, path))
+    replace_file(folder / TENSORS_FILE, lambda path: save_file(tensors, path))
     index = {
         "schema": SCHEMA,
         "layers": {name: layer.entry() for name, layer in layers.items()},
-        "sha256": _sha256(folder / TENSORS_FILE),
+        "sha256": sha256(folder / TENSORS_FILE),
     }
     text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     # The index comes last: an old one beside new tensors is found out by the hash.
-    _replace_file(folder / INDEX_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(folder / INDEX_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def load_quantized_(model: nn.Module, folder: Path | str) -> None:
@@ -117,8 +115,8 @@ def load_quantized_(model: nn.Module, folder: Path | str) -> None:
                 "build the model with the shapes that were saved",
             )
         built[name] = _build(name, layers[name], tensors, built, old)
-    if tensors:
-        raise QuantError(f"{TENSORS_FILE} holds {', '.join(sorted(tensors)[:5])} of no layer", REMEDY)
+    if tensors.keys():
+        raise QuantError(f"{TENSORS_FILE} holds {', '.join(tensors.keys()[:5])} of no layer", REMEDY)
     for name, new in built.items():
         replace_module_(model, modules[name], new)
 
@@ -151,14 +149,14 @@ def _collect(model: nn.Module) -> tuple[dict[str, StoredLayer], dict[str, Tensor
 
 
 def _build(
-    name: str, layer: StoredLayer, tensors: dict[str, Tensor], built: dict[str, PackedWeight], old: nn.Module
+    name: str, layer: StoredLayer, tensors: _StoredTensors, built: dict[str, PackedWeight], old: nn.Module
 ) -> PackedWeight:
     """Return the packed layer that replaces `old`, and take its tensors out of `tensors`."""
     device, dtype = _placement(old)
     owner = built.get(layer.tied_to) if layer.tied_to is not None else None
 
     def take(key: str) -> Tensor | None:
-        tensor = tensors.pop(f"{name}.{key}", None)
+        tensor = tensors.take(f"{name}.{key}")
         return getattr(owner, key, None) if tensor is None else tensor.to(device)
 
     parts = {key: part for key in PART_NAMES if (part := take(key)) is not None}
@@ -171,7 +169,7 @@ def _build(
     if layer.kind == "embedding":
         return QuantEmbedding(quantized, dtype)
     lora_A, lora_B = (take("lora_A"), take("lora_B")) if layer.rank else (None, None)
-    bias = tensors.pop(f"{name}.bias", None)
+    bias = tensors.take(f"{name}.bias")
     bias = None if bias is None else bias.to(device)
     linear = QuantLinear(quantized, bias, lora_A, lora_B, layer.scaling, dtype)
     if linear.rank != layer.rank:
@@ -192,47 +190,57 @@ def _placement(old: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu") if weight.is_meta else weight.device, weight.dtype
 
 
-def _read(folder: Path) -> tuple[dict[str, StoredLayer], dict[str, Tensor]]:
-    """Return entries and tensors of a folder whose hash is right."""
-    for file in (TENSORS_FILE, INDEX_FILE):
-        if not (folder / file).is_file():
-            raise QuantError(f"{folder} holds no {file}", "pass a folder that save_quantized wrote")
+def _read(folder: Path) -> tuple[dict[str, StoredLayer], _StoredTensors]:
+    """Return entries and tensors of a folder whose hashes are right."""
+    if not (folder / INDEX_FILE).is_file():
+        raise QuantError(
+            f"{folder} holds no {TENSORS_FILE} with its {INDEX_FILE}",
+            "pass a folder that save_quantized wrote",
+        )
     try:
         index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        schema, sha256 = index["schema"], index["sha256"]
+        schema, hashes = index["schema"], index["sha256"]
+        # One hash for `quant.safetensors`, or a hash for each of several files.
+        files = dict(hashes) if isinstance(hashes, dict) else {TENSORS_FILE: str(hashes)}
         layers = {name: StoredLayer.from_entry(entry) for name, entry in index["layers"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise QuantError(f"{folder / INDEX_FILE} is damaged: {error!r}", REMEDY) from error
     if schema != SCHEMA:
         raise QuantError(f"{folder / INDEX_FILE} has the schema {schema!r}, not {SCHEMA!r}", REMEDY)
-    if sha256 != _sha256(folder / TENSORS_FILE):
-        raise QuantError(f"{folder / TENSORS_FILE} is not the file that {INDEX_FILE} describes", REMEDY)
-    load_file = _safetensors().load_file
-    try:
-        return layers, load_file(folder / TENSORS_FILE)
-    except import_module("safetensors").SafetensorError as error:
-        raise QuantError(f"{folder / TENSORS_FILE} is damaged: {error!r}", REMEDY) from error
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            raise QuantError(f"{folder} holds no {name}", "pass a folder that save_quantized wrote")
+        if expected != sha256(folder / name):
+            raise QuantError(f"{folder / name} is not the file that {INDEX_FILE} describes", REMEDY)
+    return layers, _StoredTensors(folder / name for name in files)
 
 
-def _safetensors() -> Any:
-    try:
-        return import_module("safetensors.torch")
-    except ImportError as error:
-        raise QuantError("packed layers are stored as safetensors", "pip install safetensors") from error
+class _StoredTensors:
+    """The tensors of some files, read when they are taken, so that never all are in memory beside the model's."""
 
+    def __init__(self, paths: Iterable[Path]) -> None:
+        import_safetensors()
+        from safetensors import SafetensorError, safe_open
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        self._files: dict[str, Path] = {}
+        for path in paths:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self._files.update(dict.fromkeys(file.keys(), path))
+            except SafetensorError as error:
+                raise QuantError(f"{path} is damaged: {error!r}", REMEDY) from error
 
+    def keys(self) -> list[str]:
+        """Return the names of the tensors not yet taken."""
+        return sorted(self._files)
 
-def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path`, then rename: a reader finds the old file or the new one, whole."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    def take(self, key: str) -> Tensor | None:
+        """Return a tensor and forget it, or None where there is none."""
+        from safetensors import safe_open
+
+        path = self._files.pop(key, None)
+        if path is None:
+            return None
+        with safe_open(path, framework="pt") as file:
+            # A copy: the file stays mapped no longer than it takes to read this tensor.
+            return file.get_tensor(key).clone()

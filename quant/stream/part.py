@@ -1,0 +1,73 @@
+"""One layer's result as a file of its own, which is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from quant.errors import QuantError
+from quant.files import import_safetensors, replace_file
+from quant.loftq import LoftQResult, loftq
+from quant.stream.config import StreamConfig
+from quant.stream.header import StoredTensor, read_header
+from quant.stream.layers import Layer
+from quant.stream.source import read_matrix
+
+NOTE = "layer"
+"""The one entry of a part's metadata; safetensors writes several in any order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A layer's finished part file.
+
+    Attributes:
+        tensors: Codes, scales and adapters by key.
+        errors: As in `LoftQResult`.
+    """
+
+    tensors: dict[str, StoredTensor]
+    errors: tuple[float, ...]
+
+
+def write_part(path: Path, layer: Layer, config: StreamConfig, device: str) -> None:
+    """Run LoftQ on a layer and write the result.
+
+    Raises:
+        QuantError: The weight cannot be read or quantized; the message names the layer.
+    """
+    save_file = import_safetensors().save_file
+    result = _compress(layer, config, device)
+    named = {**result.quantized.parts(), "lora_A": result.lora_A, "lora_B": result.lora_B}
+    tensors = {f"{layer.name}.{key}": tensor.cpu().contiguous() for key, tensor in named.items()}
+    note = json.dumps({"name": layer.name, "errors": result.errors})
+    replace_file(path, lambda temporary: save_file(tensors, temporary, {NOTE: note}))
+
+
+def read_part(path: Path, layer: Layer) -> Part | None:
+    """Return the finished part of a layer, or None where there is none that is whole."""
+    try:
+        header = read_header(path)
+        note = json.loads(header.metadata[NOTE])
+        if note["name"] == layer.name:
+            return Part(tensors=header.tensors, errors=tuple(float(error) for error in note["errors"]))
+    except (QuantError, KeyError, TypeError, ValueError):
+        return None
+    return None
+
+
+def _compress(layer: Layer, config: StreamConfig, device: str) -> LoftQResult:
+    weight = read_matrix(layer.weight, layer.index).to(device)
+    try:
+        return loftq(
+            weight,
+            layer.format,
+            config.rank,
+            config.iterations,
+            config.block_size,
+            seed=layer.seed,
+            scale_storage=config.scale_storage,
+        )
+    except QuantError as error:
+        raise QuantError(f"{layer.name}: {error.problem}", error.remedy) from error
