@@ -18,6 +18,8 @@ from quant.packing import pack, packed_size, symbols, unpack
 from quant.scales import Scales, Storage, check_storage, store_scales
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 4096
+# Weights that are rounded at a time: what lies between a weight and its code then stays in the cache.
+CHUNK = 1 << 17
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PART_NAMES = ("codes", "absmax", "absmax_absmax", "absmax_mean", "offset", "offset_absmax", "offset_mean")
 """All names that the parts of a quantized tensor can have."""
@@ -288,13 +290,23 @@ def round_to_levels(
     flat: Tensor, format: Format, scales: Scales, offsets: Scales | None, block_size: int
 ) -> Tensor:
     """Return the code of the level nearest to each weight: uint8 (weights,)."""
-    scale = scales.values()
+    scale, shift = scales.values(), None if offsets is None else offsets.values()
     divisor = torch.where(scale != 0, scale, torch.ones_like(scale))
+    codes = torch.empty(len(flat), dtype=torch.uint8, device=flat.device)
+    step = max(1, CHUNK // block_size)
+    for first in range(0, len(scale), step):
+        blocks = slice(first, first + step)
+        part = slice(first * block_size, (first + step) * block_size)
+        scaled = _scaled(flat[part], block_size, divisor[blocks], None if shift is None else shift[blocks])
+        codes[part] = format.nearest(scaled).view(-1)[: len(codes[part])]
+    return codes
+
+
+def _scaled(flat: Tensor, block_size: int, divisor: Tensor, offset: Tensor | None) -> Tensor:
+    """Return weights in units of their block's scale: (blocks, block_size), the last block filled up."""
     blocks = functional.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
-    if offsets is not None:
-        blocks = blocks - offsets.values()[:, None]
-    scaled = (blocks / divisor[:, None]).clamp_(-1, 1)
-    return format.nearest(scaled).view(-1)[: len(flat)]
+    centred = blocks if offset is None else blocks - offset[:, None]
+    return (centred / divisor[:, None]).clamp_(-1, 1)
 
 
 def block_count(count: int, block_size: int) -> int:

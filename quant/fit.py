@@ -27,7 +27,7 @@ def covering_scales(blocks: Tensor, format: Format) -> tuple[Tensor, Tensor | No
         float32 (blocks,) twice, or None for the offsets of a format without them.
     """
     if not format.affine:
-        return blocks.abs().amax(dim=1), None
+        return torch.linalg.vector_norm(blocks, torch.inf, dim=1), None
     low, high = blocks.amin(dim=1), blocks.amax(dim=1)
     # Halves first: the difference of two large weights may leave float32's range.
     return high / 2 - low / 2, high / 2 + low / 2

@@ -106,9 +106,11 @@ def loftq(
         if iteration:
             quantized = step.quantize(target.addmm(lora_B, lora_A, alpha=-1))
             dequantized = quantized.dequantize()
-        missing = target - dequantized
+        missing = dequantized.neg_().add_(target)
+        del dequantized
         lora_B, lora_A, subspace = step.fit(missing, subspace)
         error = step.error(missing.addmm_(lora_B, lora_A, alpha=-1))
+        del missing
         if error < min(errors):
             best = quantized, lora_A, lora_B
         errors.append(error)
