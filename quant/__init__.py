@@ -15,6 +15,7 @@ from quant.linear import QuantLinear
 from quant.loftq import LoftQResult, loftq
 from quant.packed import cache_dequantized
 from quant.packing import pack, unpack
+from quant.parameters import PackedParameter, loftq_parameter_, pack_parameter_
 from quant.storage import load_quantized_, save_quantized
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LayerReport",
     "LoftQConfig",
     "LoftQResult",
+    "PackedParameter",
     "QuantEmbedding",
     "QuantError",
     "QuantLinear",
@@ -33,7 +35,9 @@ __all__ = [
     "load_quantized_",
     "loftq",
     "loftq_model",
+    "loftq_parameter_",
     "pack",
+    "pack_parameter_",
     "quantize",
     "register_format",
     "save_quantized",
