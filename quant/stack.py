@@ -53,8 +53,7 @@ def loftq_stack(
             "pass (out_features, in_features) or (matrices, out_features, in_features)",
         )
     matrices = weight if weight.dim() == 3 else weight[None]
-    if weight.dim() == 3:
-        _check_stackable(weight, block_size, scale_storage, name)
+    check_stackable(weight, block_size, scale_storage, name)
     results = [
         loftq(
             matrix,
@@ -72,7 +71,10 @@ def loftq_stack(
     return results[0] if weight.dim() == 2 else _stacked(results)
 
 
-def _check_stackable(weight: Tensor, block_size: int, scale_storage: Storage, name: str) -> None:
+def check_stackable(weight: Tensor, block_size: int, scale_storage: Storage, name: str) -> None:
+    """Raise QuantError if this is a stack of matrices that cannot be stored as one packed tensor."""
+    if weight.dim() != 3:
+        return
     if scale_storage == "double":
         raise QuantError(
             f"{name} is a stack, whose scales cannot be quantized twice",
