@@ -6,9 +6,12 @@ Stands alone: it needs torch, numpy and safetensors, and nothing of graphprune.
 from __future__ import annotations
 
 from quant import formats
-from quant.apply import LayerReport, LoftQConfig, loftq_model
+from quant.apply import LayerReport, loftq_model
 from quant.blockwise import QuantizedTensor, quantize
+from quant.calibration import collect_covariances
 from quant.codebooks import Format, format_names, get_format, register_format
+from quant.config import LoftQConfig
+from quant.covariance import InputNorm
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.linear import QuantLinear
@@ -16,10 +19,12 @@ from quant.loftq import LoftQResult, loftq
 from quant.packed import cache_dequantized
 from quant.packing import pack, unpack
 from quant.parameters import PackedParameter, loftq_parameter_, pack_parameter_
+from quant.scales import Scales
 from quant.storage import load_quantized_, save_quantized
 
 __all__ = [
     "Format",
+    "InputNorm",
     "LayerReport",
     "LoftQConfig",
     "LoftQResult",
@@ -28,7 +33,9 @@ __all__ = [
     "QuantError",
     "QuantLinear",
     "QuantizedTensor",
+    "Scales",
     "cache_dequantized",
+    "collect_covariances",
     "format_names",
     "formats",
     "get_format",
