@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quant.errors import QuantError
@@ -35,11 +34,11 @@ def adapters_to_peft(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any
         model: With `QuantLinear` layers, or packed (in, out) weights such as Conv1D's.
 
     Returns:
-        The tensors by PEFT's keys, and the fields of the ``LoraConfig`` that fits them: different ranks and
-        scalings are in ``rank_pattern`` and ``alpha_pattern``.
+        The tensors by PEFT's keys, which share memory with the layers', and the fields of the ``LoraConfig`` that
+        fits them: different ranks and scalings are in ``rank_pattern`` and ``alpha_pattern``.
 
     Raises:
-        QuantError: No packed layer has adapters, or one has them for a stack of matrices.
+        QuantError: No packed layer has adapters, or one that is not a linear layer does.
     """
     layers = _adapted_layers(model)
     layers = {name: layer for name, layer in layers.items() if layer.rank}
@@ -50,10 +49,11 @@ def adapters_to_peft(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any
     state: dict[str, Tensor] = {}
     for name, layer in layers.items():
         lora_A, lora_B = layer.lora_A, layer.lora_B
-        if lora_A is None or lora_B is None or lora_A.dim() != 2:
+        linear = isinstance(layer, QuantLinear) or (layer.transposed and len(layer.shape) == 2)
+        if lora_A is None or lora_B is None or not linear or ".parametrizations." in name:
             raise QuantError(
-                f"{name} has adapters for a stack of matrices, which this export does not know",
-                "initialize it through loftq_peft_ and target_parameters instead",
+                f"{name} has adapters, but is no linear layer and no Conv1D",
+                "initialize stacked parameters through loftq_peft_ and target_parameters instead",
             )
         state[f"{PREFIX}{name}.lora_A.weight"] = lora_A.detach().contiguous()
         state[f"{PREFIX}{name}.lora_B.weight"] = lora_B.detach().contiguous()
@@ -64,6 +64,8 @@ def adapters_from_peft_(
     model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> list[str]:
     """Give packed layers the adapters of a PEFT state dict, in place of those that they have.
+
+    Layers that the state dict does not name keep theirs.
 
     Args:
         model: With `QuantLinear` layers, or packed (in, out) weights, at the names that the adapters have.
@@ -89,12 +91,13 @@ def adapters_from_peft_(
         pairs.setdefault(match[1], {})[match[2]] = tensor
     for name, pair in pairs.items():
         _check_pair(name, pair, layers.get(name))
+    scalings = {name: _scaling(name, config) for name in pairs}
     for name, pair in pairs.items():
         layer = layers[name]
         device = layer.codes.device
         layer.lora_A = nn.Parameter(pair["lora_A"].detach().to(device, copy=True))
         layer.lora_B = nn.Parameter(pair["lora_B"].detach().to(device, copy=True))
-        layer.scaling = _scaling(name, config)
+        layer.scaling = scalings[name]
     return list(pairs)
 
 
@@ -108,7 +111,11 @@ def save_peft_adapters(model: nn.Module, folder: Path | str) -> None:
     Raises:
         QuantError: As in `adapters_to_peft`.
     """
+    from safetensors.torch import save_file
+
     state, config = adapters_to_peft(model)
+    # Tied layers share their factors, which a file cannot.
+    state = {key: tensor.clone() for key, tensor in state.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -122,6 +129,8 @@ def load_peft_adapters_(model: nn.Module, folder: Path | str) -> list[str]:
     Raises:
         QuantError: A file is missing, or as in `adapters_from_peft_`.
     """
+    from safetensors.torch import load_file
+
     folder = Path(folder)
     for file in (TENSORS_FILE, CONFIG_FILE):
         if not (folder / file).is_file():
@@ -197,6 +206,8 @@ def _alpha(layer: QuantLinear | PackedParameter) -> float:
 
 def _scaling(name: str, config: Mapping[str, Any]) -> float:
     """Return the scaling that PEFT would give this layer."""
+    if not {"r", "lora_alpha"} <= config.keys():
+        raise QuantError("the adapter's configuration lacks r or lora_alpha", "pass that of a LoraConfig")
     rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
     alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))

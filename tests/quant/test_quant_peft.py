@@ -395,6 +395,8 @@ def packed_llama() -> nn.Module:
     loftq_model(model, LoftQConfig(rank=4, exclude=("lm_head", "down_proj")))
     loftq_model(model, LoftQConfig(rank=6, include=("down_proj",), exclude=("lm_head",)))
     model.model.layers[0].mlp.up_proj.scaling = 0.3
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers)
+    first.lora_A = second.lora_A  # tied
     return model.eval()
 
 
@@ -494,12 +496,14 @@ def test_adapters_that_do_not_fit_are_refused_and_nothing_changes() -> None:
             adapters_from_peft_(model, {name: each * 2 for name, each in state.items()} | change, config)
     with pytest.raises(QuantError, match="has factors"):
         adapters_from_peft_(model, {name: each for name, each in state.items() if name != key}, config)
+    with pytest.raises(QuantError, match="lacks r or lora_alpha"):
+        adapters_from_peft_(model, {name: each * 2 for name, each in state.items()}, {"r": 4})
     assert torch.equal(logits(model), wanted)
     with pytest.raises(QuantError, match="no packed layer"):
         adapters_to_peft(llama())
     stacked = mixtral()
     loftq_parameter_(stacked, "model.layers.0.mlp.experts.down_proj", "nf4", 4, 1)
-    with pytest.raises(QuantError, match="adapters for a stack of matrices"):
+    with pytest.raises(QuantError, match="is no linear layer and no Conv1D"):
         adapters_to_peft(stacked)
 
 
