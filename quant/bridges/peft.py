@@ -183,6 +183,7 @@ def _groups(peft_model: nn.Module, names: tuple[str, ...], packed: bool) -> list
 def _targets(peft_model: nn.Module, names: tuple[str, ...]) -> list[_Target]:
     from peft.tuners.lora import layer as lora
 
+    kinds = {lora.Linear: "linear", lora.Embedding: "embedding", lora.ParamWrapper: "parameter"}
     targets = []
     for name, layer in peft_model.named_modules():
         if not isinstance(layer, lora.LoraLayer):
@@ -192,9 +193,7 @@ def _targets(peft_model: nn.Module, names: tuple[str, ...]) -> list[_Target]:
         if not adapters:
             continue
         name = name.removeprefix("base_model.model.")
-        kind = {lora.Linear: "linear", lora.Embedding: "embedding", lora.ParamWrapper: "parameter"}.get(
-            type(layer)
-        )
+        kind = kinds.get(type(layer))
         if kind is None or held != set(adapters) or layer.merged_adapters:
             raise _unfit(name, layer, held, adapters)
         holder = layer.get_base_layer()
@@ -241,6 +240,8 @@ def _transposed(layer: Any, kind: str, holder: nn.Module) -> bool:
 
 
 def _check(target: _Target, packed: bool) -> None:
+    if not isinstance(target.weight, nn.Parameter):
+        raise QuantError(f"the base of {target.name} is packed already", "load the model again")
     check_weight(target.weight, target.name)
     for adapter in target.adapters:
         scaling = target.layer.scaling[adapter]

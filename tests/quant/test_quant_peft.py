@@ -310,6 +310,8 @@ def test_a_packed_base_computes_the_same_in_fewer_bytes_and_refuses_to_merge(
     packed(input_ids=TOKENS).logits.sum().backward()
     learning = {name for name, each in packed.named_parameters() if each.grad is not None}
     assert learning == {name for name, _ in packed.named_parameters() if "lora_" in name}
+    with pytest.raises(QuantError, match="is packed already"):
+        loftq_peft_(packed)
     with pytest.raises(QuantError, match="cannot be merged"):
         packed.merge_and_unload()
 
