@@ -1,6 +1,6 @@
 """Low-bit weights in PyTorch: codebooks, packing, LoftQ, and layers that train adapters over packed weights.
 
-Stands alone: it needs torch, numpy and safetensors, and nothing of graphprune.
+Stands alone: it needs torch alone, safetensors to save and load, and nothing of graphprune.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.linear import QuantLinear
 from quant.loftq import LoftQResult, loftq
+from quant.mix import Mix, mix_for_budget, paper_mix
 from quant.packed import cache_dequantized
 from quant.packing import pack, unpack
 from quant.parameters import PackedParameter, loftq_parameter_, pack_parameter_
@@ -28,6 +29,7 @@ __all__ = [
     "LayerReport",
     "LoftQConfig",
     "LoftQResult",
+    "Mix",
     "PackedParameter",
     "QuantEmbedding",
     "QuantError",
@@ -43,8 +45,10 @@ __all__ = [
     "loftq",
     "loftq_model",
     "loftq_parameter_",
+    "mix_for_budget",
     "pack",
     "pack_parameter_",
+    "paper_mix",
     "quantize",
     "register_format",
     "save_quantized",

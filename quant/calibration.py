@@ -95,11 +95,11 @@ def watched(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Keep a model in evaluation mode while the block runs."""
-    training = [module for module in model.modules() if module.training]
+    """Keep a model in evaluation mode while the block runs; modules put in place of others take over theirs."""
+    modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for name, module in model.named_modules():
+            module.training = modes.get(name, module.training)

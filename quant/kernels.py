@@ -30,10 +30,12 @@ def dequantize_nf4(
         block_size: Weights that share a scale; one of `BITSANDBYTES_BLOCKS`.
         dtype: Of the result: float32, float16 or bfloat16.
     """
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    flat = torch.empty(shape, dtype=dtype, device=codes.device)
-    return dequantize_4bit(codes.view(-1, 1), absmax=absmax, out=flat, blocksize=block_size, quant_type="nf4")
+    state = QuantState(
+        absmax=absmax, shape=torch.Size(shape), dtype=dtype, blocksize=block_size, quant_type="nf4"
+    )
+    return dequantize_4bit(codes.view(-1, 1), quant_state=state)
 
 
 @cache

@@ -164,6 +164,19 @@ def test_it_learns_under_checkpointing_and_after_a_look_without_gradients() -> N
         assert float(gradient.abs().sum()) > 0
 
 
+def test_a_look_without_gradients_inside_the_forward_does_not_stop_learning() -> None:
+    class Looking(Transposed):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                size = self.weight.norm()
+            return super().forward(input) / size
+
+    layer = Looking()
+    loftq_parameter_(layer, "weight", "nf4", 4, 1, 16, transposed=True)
+    layer(drawn(5, 32)).sum().backward()
+    assert float(layer.parametrizations["weight"][0].lora_B.grad.abs().sum()) > 0
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_each_matrix_of_a_stack_is_its_own_loftq(transposed: bool) -> None:
     module = nn.Module()
@@ -244,6 +257,9 @@ def test_casts_reach_what_is_read_but_not_the_scales() -> None:
     layer = Transposed()
     packed = quantize(layer.weight.T, "nf4", 16)
     pack_parameter_(layer, "weight", packed, transposed=True)
+    half = Transposed().half()
+    pack_parameter_(half, "weight", packed, transposed=True)
+    assert half.weight.dtype == torch.float16
     layer = layer.bfloat16()
     assert layer.weight.dtype == torch.bfloat16
     assert layer.parametrizations["weight"][0].absmax.dtype == torch.float32
