@@ -19,6 +19,7 @@ from quant.loftq import LoftQResult, loftq
 from quant.mix import Mix, mix_for_budget, paper_mix
 from quant.packed import cache_dequantized
 from quant.packing import pack, unpack
+from quant.parameters import PackedParameter, loftq_parameter_, pack_parameter_
 from quant.scales import Scales
 from quant.storage import load_quantized_, save_quantized
 
@@ -29,6 +30,7 @@ __all__ = [
     "LoftQConfig",
     "LoftQResult",
     "Mix",
+    "PackedParameter",
     "QuantEmbedding",
     "QuantError",
     "QuantLinear",
@@ -42,8 +44,10 @@ __all__ = [
     "load_quantized_",
     "loftq",
     "loftq_model",
+    "loftq_parameter_",
     "mix_for_budget",
     "pack",
+    "pack_parameter_",
     "paper_mix",
     "quantize",
     "register_format",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +24,20 @@ class PackedWeight(nn.Module):
         dtype: The dtype of the weight as others see it; `to(dtype)` changes it.
 
     Raises:
-        QuantError: The tensor is not a matrix.
+        QuantError: The tensor has a number of dimensions that the layer cannot take.
     """
 
+    dimensions: ClassVar[tuple[int, ...]] = (2,)
     codes: Tensor
     _dtype_mark: Tensor
 
     def __init__(self, quantized: QuantizedTensor, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        if len(quantized.shape) != 2:
-            raise QuantError(f"a weight of shape {quantized.shape} is not that of a layer", "pass a matrix")
+        if len(quantized.shape) not in self.dimensions:
+            raise QuantError(
+                f"a weight of shape {quantized.shape} is not that of a {type(self).__name__}",
+                f"pass one of {' or '.join(map(str, self.dimensions))} dimensions",
+            )
         self.shape = quantized.shape
         self.format = quantized.format
         self.block_size = quantized.block_size

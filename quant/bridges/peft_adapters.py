@@ -1,0 +1,244 @@
+"""Adapters of packed layers from and to PEFT's files: `adapter_model.safetensors` and `adapter_config.json`."""
+
+# ruff: noqa: N806 -- lora_A and lora_B are the names that the field uses
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from quant.errors import QuantError
+from quant.linear import QuantLinear
+from quant.parameters import PackedParameter
+from quant.tree import replace_module_
+
+PREFIX = "base_model.model."
+TENSORS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+PARAMETRIZED = ".parametrizations.weight.0"
+
+
+def adapters_to_peft(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the adapters of a model's packed layers as PEFT stores them.
+
+    They belong over the base that they were trained on: the dequantized one (`dequantize_linears_`), or the same
+    codes in bitsandbytes (`quant.bridges.bitsandbytes.model_to_bitsandbytes_`).
+
+    Args:
+        model: With `QuantLinear` layers, or packed (in, out) weights such as Conv1D's.
+
+    Returns:
+        The tensors by PEFT's keys, which share memory with the layers', and the fields of the ``LoraConfig`` that
+        fits them: different ranks and scalings are in ``rank_pattern`` and ``alpha_pattern``.
+
+    Raises:
+        QuantError: No packed layer has adapters, or one that is not a linear layer does.
+    """
+    layers = _adapted_layers(model)
+    layers = {name: layer for name, layer in layers.items() if layer.rank}
+    if not layers:
+        raise QuantError(
+            f"no packed layer of this {type(model).__name__} has adapters", "call loftq_model first"
+        )
+    state: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        lora_A, lora_B = layer.lora_A, layer.lora_B
+        linear = isinstance(layer, QuantLinear) or (layer.transposed and len(layer.shape) == 2)
+        if lora_A is None or lora_B is None or not linear or ".parametrizations." in name:
+            raise QuantError(
+                f"{name} has adapters, but is no linear layer and no Conv1D",
+                "initialize stacked parameters through loftq_peft_ and target_parameters instead",
+            )
+        state[f"{PREFIX}{name}.lora_A.weight"] = lora_A.detach().contiguous()
+        state[f"{PREFIX}{name}.lora_B.weight"] = lora_B.detach().contiguous()
+    return state, _config(model, layers)
+
+
+def adapters_from_peft_(
+    model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> list[str]:
+    """Give packed layers the adapters of a PEFT state dict, in place of those that they have.
+
+    Layers that the state dict does not name keep theirs.
+
+    Args:
+        model: With `QuantLinear` layers, or packed (in, out) weights, at the names that the adapters have.
+        state: What ``peft.get_peft_model_state_dict`` returns or `adapter_model.safetensors` holds.
+        config: The fields of its ``LoraConfig``, as in `adapter_config.json`.
+
+    Returns:
+        The names of the layers that have adapters now.
+
+    Raises:
+        QuantError: A layer is missing or of another shape, or the adapters are not plain LoRA of linear layers;
+            the model is left as it was.
+    """
+    layers = _adapted_layers(model)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", key)
+        if match is None:
+            raise QuantError(
+                f"the adapter holds {key}, which is no factor of a linear layer",
+                "train plain LoRA of linear layers, without DoRA, biases or modules to save",
+            )
+        pairs.setdefault(match[1], {})[match[2]] = tensor
+    for name, pair in pairs.items():
+        _check_pair(name, pair, layers.get(name))
+    scalings = {name: _scaling(name, config) for name in pairs}
+    for name, pair in pairs.items():
+        layer = layers[name]
+        device = layer.codes.device
+        layer.lora_A = nn.Parameter(pair["lora_A"].detach().to(device, copy=True))
+        layer.lora_B = nn.Parameter(pair["lora_B"].detach().to(device, copy=True))
+        layer.scaling = scalings[name]
+    return list(pairs)
+
+
+def save_peft_adapters(model: nn.Module, folder: Path | str) -> None:
+    """Write the adapters of a model's packed layers so that ``PeftModel.from_pretrained`` loads them.
+
+    Args:
+        model: As in `adapters_to_peft`.
+        folder: Where `adapter_model.safetensors` and `adapter_config.json` go; created.
+
+    Raises:
+        QuantError: As in `adapters_to_peft`.
+    """
+    from safetensors.torch import save_file
+
+    state, config = adapters_to_peft(model)
+    # Tied layers share their factors, which a file cannot.
+    state = {key: tensor.clone() for key, tensor in state.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    _replace_file(folder / TENSORS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    _replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load_peft_adapters_(model: nn.Module, folder: Path | str) -> list[str]:
+    """Give packed layers the adapters that PEFT, or `save_peft_adapters`, has written; see `adapters_from_peft_`.
+
+    Raises:
+        QuantError: A file is missing, or as in `adapters_from_peft_`.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    for file in (TENSORS_FILE, CONFIG_FILE):
+        if not (folder / file).is_file():
+            raise QuantError(f"{folder} holds no {file}", "pass a folder of PeftModel.save_pretrained")
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    return adapters_from_peft_(model, load_file(folder / TENSORS_FILE), config)
+
+
+def dequantize_linears_(model: nn.Module) -> list[str]:
+    """Replace every `QuantLinear` by an ``nn.Linear`` of its base weight, without its adapters, in place.
+
+    Returns:
+        The names of the layers replaced.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    for layer in layers.values():
+        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(layer.quantized.dequantize(layer.dtype), requires_grad=False)
+        if layer.bias is not None:
+            linear.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+        replace_module_(model, layer, linear)
+    return list(layers)
+
+
+def _adapted_layers(model: nn.Module) -> dict[str, QuantLinear | PackedParameter]:
+    """Return the packed layers by the names that PEFT knows their modules by."""
+    return {
+        name.removesuffix(PARAMETRIZED): module
+        for name, module in model.named_modules()
+        if isinstance(module, (QuantLinear, PackedParameter))
+    }
+
+
+def _config(model: nn.Module, layers: Mapping[str, QuantLinear | PackedParameter]) -> dict[str, Any]:
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    alphas = {name: _alpha(layer) for name, layer in layers.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    # PEFT takes a name in target_modules for the end of a name too.
+    others = [
+        name
+        for name, _ in model.named_modules()
+        if name not in layers and any(name.endswith(f".{target}") for target in layers)
+    ]
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {_pattern(name): each for name, each in ranks.items() if each != rank},
+        "alpha_pattern": {_pattern(name): each for name, each in alphas.items() if each != alpha},
+        "target_modules": sorted(layers),
+        "exclude_modules": "|".join(map(re.escape, others)) or None,
+        "fan_in_fan_out": all(isinstance(layer, PackedParameter) for layer in layers.values()),
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
+
+
+def _pattern(name: str) -> str:
+    """Return an expression that matches this whole name alone, among PEFT's patterns."""
+    return f"^{re.escape(name)}"
+
+
+def _alpha(layer: QuantLinear | PackedParameter) -> float:
+    alpha = layer.scaling * layer.rank
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+
+def _scaling(name: str, config: Mapping[str, Any]) -> float:
+    """Return the scaling that PEFT would give this layer."""
+    if not {"r", "lora_alpha"} <= config.keys():
+        raise QuantError("the adapter's configuration lacks r or lora_alpha", "pass that of a LoraConfig")
+    rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
+    alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _check_pair(name: str, pair: Mapping[str, Tensor], layer: QuantLinear | PackedParameter | None) -> None:
+    if layer is None:
+        raise QuantError(
+            f"the adapter belongs to {name}, which is no packed layer here", "pack the same layers"
+        )
+    found = {key: tuple(factor.shape) for key, factor in pair.items()}
+    rank = found.get("lora_A", (0,))[0]
+    if len(layer.shape) != 2 or found != {"lora_A": (rank, layer.shape[1]), "lora_B": (layer.shape[0], rank)}:
+        raise QuantError(
+            f"the adapter of {name} has factors {found}, the layer the shape {layer.shape}",
+            "load the adapters of the same model",
+        )
+
+
+def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside `path`, then rename: a reader finds the old file or the new one, whole."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
