@@ -71,7 +71,8 @@ class QuantizedTensor:
         """Return the tensor that the codes stand for, computed in float32, in `dtype` (shape `shape`)."""
         count = math.prod(self.shape)
         format = get_format(self.format)
-        if dtype in KERNEL_DTYPES and has_kernel(self.codes, self.format, self.block_size):
+        width = self.shape[-1] if self.shape else 1
+        if dtype in KERNEL_DTYPES and has_kernel(self.codes, self.format, self.block_size, width):
             return dequantize_nf4(self.codes, self.absmax, self.shape, self.block_size, dtype)
         table = format.symbol_values.to(self.codes.device)
         flat = table.index_select(0, symbols(self.codes, format.bits)).view(-1)[:count]

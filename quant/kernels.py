@@ -11,11 +11,13 @@ from torch import Tensor
 BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def has_kernel(codes: Tensor, format: str, block_size: int) -> bool:
-    """Tell whether bitsandbytes is installed and dequantizes this format on this device faster than torch."""
-    return (
-        codes.is_cuda and format == "nf4" and block_size in BITSANDBYTES_BLOCKS and _bitsandbytes_is_there()
-    )
+def has_kernel(codes: Tensor, format: str, block_size: int, width: int) -> bool:
+    """Tell whether bitsandbytes is installed and dequantizes this format on this device faster than torch.
+
+    Some of its versions are wrong where a block crosses rows; `width`, the length of a row, keeps clear of that.
+    """
+    fits = format == "nf4" and block_size in BITSANDBYTES_BLOCKS and width % block_size == 0
+    return codes.is_cuda and fits and _bitsandbytes_is_there()
 
 
 def dequantize_nf4(

@@ -18,6 +18,8 @@ from quant.errors import QuantError
 from quant.files import import_safetensors, replace_file, sha256
 from quant.linear import QuantLinear
 from quant.packed import PackedWeight
+from quant.parameters import PackedParameter
+from quant.ternary import PackedExperts
 from quant.tree import replace_module_
 
 SCHEMA = "graphprune.quant/1"
@@ -75,6 +77,7 @@ def save_quantized(model: nn.Module, folder: Path | str) -> None:
     Raises:
         QuantError: The model has no packed layer.
     """
+    _check_all_are_stored(model)
     layers, tensors = _collect(model)
     if not layers:
         raise QuantError(f"this {type(model).__name__} has no packed layer", "call loftq_model first")
@@ -244,3 +247,13 @@ class _StoredTensors:
         with safe_open(path, framework="pt") as file:
             # A copy: the file stays mapped no longer than it takes to read this tensor.
             return file.get_tensor(key).clone()
+
+
+def _check_all_are_stored(model: nn.Module) -> None:
+    """Raise QuantError for packed weights that are no layer's of ours and would be lost."""
+    for name, module in model.named_modules():
+        if isinstance(module, (PackedParameter, PackedExperts)):
+            raise QuantError(
+                f"{name} is a packed parameter, which this file format does not hold",
+                "save model.state_dict() with safetensors, and load it into a model packed alike",
+            )

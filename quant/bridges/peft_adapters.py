@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from quant.errors import QuantError
+from quant.files import replace_file
 from quant.linear import QuantLinear
 from quant.parameters import PackedParameter
 from quant.tree import replace_module_
@@ -119,8 +119,8 @@ def save_peft_adapters(model: nn.Module, folder: Path | str) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    _replace_file(folder / TENSORS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    _replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(folder / TENSORS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def load_peft_adapters_(model: nn.Module, folder: Path | str) -> list[str]:
@@ -232,13 +232,3 @@ def _check_pair(name: str, pair: Mapping[str, Tensor], layer: QuantLinear | Pack
             f"the adapter of {name} has factors {found}, the layer the shape {layer.shape}",
             "load the adapters of the same model",
         )
-
-
-def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path`, then rename: a reader finds the old file or the new one, whole."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

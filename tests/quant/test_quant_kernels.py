@@ -21,4 +21,4 @@ def test_bitsandbytes_dequantizes_alike(block_size: int, dtype: torch.dtype) -> 
 
 def test_a_kernel_is_only_used_where_it_gains() -> None:
     codes = torch.zeros(8, dtype=torch.uint8)
-    assert not has_kernel(codes, "nf4", 64)  # on the CPU torch's own look-up is as fast
+    assert not has_kernel(codes, "nf4", 64, 64)  # on the CPU torch's own look-up is as fast
