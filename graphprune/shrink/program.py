@@ -31,7 +31,8 @@ class Program:
         self._constants = {
             name: item for name, item in exported.constants.items() if isinstance(item, Tensor)
         }
-        self._keywords = tuple(exported.example_inputs[1]) if exported.example_inputs else ()
+        positional, named = exported.example_inputs or ((), {})
+        self._keywords = () if positional else tuple(named)
         erase_guards(self.module)
 
     @property
@@ -65,6 +66,12 @@ class Program:
         with torch.no_grad():
             outputs = self.module(*arguments)
         return tuple(item for item in tree_flatten(outputs)[0] if isinstance(item, Tensor))
+
+
+def traced_inputs(exported: ExportedProgram) -> dict[str, Any]:
+    """Return the example inputs that a program was exported with; positional ones by their place."""
+    positional, named = exported.example_inputs or ((), {})
+    return {**{str(place): item for place, item in enumerate(positional)}, **named}
 
 
 def graph_modules(module: fx.GraphModule) -> Iterator[fx.GraphModule]:

@@ -111,8 +111,10 @@ def slice_(sizes: Sizes, node: fx.Node) -> None:
         end = start + argument(node, "length")
     kept = sizes.kept(axes[dim])
     first, last = bounds(start, end, axes[dim].size)
+    to_the_end = last == axes[dim].size  # wherever that is: the axis may hold the batch
+    ends = int((kept < first).sum()), None if to_the_end else int((kept < last).sum())
     node.target = torch.ops.aten.slice.Tensor
-    node.args, node.kwargs = (source, dim, int((kept < first).sum()), int((kept < last).sum())), {}
+    node.args, node.kwargs = (source, dim, *ends), {}
 
 
 @resizer("aten.select.int")

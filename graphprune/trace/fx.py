@@ -17,7 +17,7 @@ from graphprune.errors import TraceError, TraceWarning
 from graphprune.trace.caches import without_caches
 from graphprune.trace.fold import known_numbers
 from graphprune.trace.graph import Argument, DynamicSize, Operator, OperatorGraph, Role, Value
-from graphprune.trace.inputs import keyword_inputs, naming, open_sizes, unnamed
+from graphprune.trace.inputs import fixed_sizes, keyword_inputs, naming, open_sizes, unnamed, wanted
 
 # Nodes that compute nothing: shape guards that the exporter leaves behind.
 GUARDS = frozenset(
@@ -62,7 +62,7 @@ def trace_module(model: nn.Module, example_inputs: Any, *, dynamic: bool = True)
         TraceError: If the model cannot be exported, with the exporter's first line.
     """
     inputs = keyword_inputs(model, example_inputs)
-    with _evaluation(model), without_caches(model), naming(model, inputs):
+    with _evaluation(model), without_caches(model):
         program = _exported(model, inputs, dynamic)
     return trace_program(program, _tied_names(model))
 
@@ -105,23 +105,23 @@ def _live(operators: list[Operator], outputs: tuple[Value, ...]) -> tuple[Operat
 
 def _exported(model: nn.Module, inputs: dict[str, Any], dynamic: bool) -> ExportedProgram:
     """Export with open sizes, or else with those of the example: some models fix their sizes."""
-    why_static = ""
-    if dynamic:
+    program, problem = None, ""
+    for sizes in (open_sizes(inputs), None) if dynamic else (None,):
         try:
-            return _export(model, inputs, open_sizes(inputs))
+            program = _export(model, inputs, sizes)
+            break
         except Exception as error:
-            why_static = _first_line(error)
-    try:
-        program = _export(model, inputs, None)
-    except Exception as error:
-        # The exporter's own traceback, hundreds of lines of it, says nothing that its first line does not.
+            problem = f": {_first_line(error)}"
+    if (
+        program is None
+    ):  # the exporter's own traceback, hundreds of lines, says no more than its first line does
         raise TraceError(
-            f"torch.export could not trace {type(model).__name__}: {_first_line(error)}",
-            _remedy(model, inputs),
-        ) from None
-    if why_static:
+            f"torch.export could not trace {type(model).__name__}{problem}", _remedy(model, inputs)
+        )
+    fixed = fixed_sizes(program) if dynamic else []
+    if fixed:
         warnings.warn(
-            f"{type(model).__name__} is traced for the example's sizes alone: {why_static}",
+            f"{type(model).__name__} is traced for the example's sizes alone ({'; '.join(fixed)}){problem}",
             TraceWarning,
             stacklevel=4,
         )
@@ -131,12 +131,12 @@ def _exported(model: nn.Module, inputs: dict[str, Any], dynamic: bool) -> Export
 def _remedy(model: nn.Module, inputs: dict[str, Any]) -> str:
     strange = unnamed(model, inputs)
     if strange:
-        return f"check the names of the example inputs: its forward does not name {', '.join(strange)}"
+        return f"its forward does not name {', '.join(strange)}: {wanted(model)}"
     return "run the model on the same example inputs; data-dependent Python control flow is the usual cause"
 
 
 def _export(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), naming(model, inputs), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(model, args=(), kwargs=inputs, strict=False, dynamic_shapes=dynamic_shapes)
 

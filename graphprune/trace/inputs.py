@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_map
 
 from graphprune.errors import TraceError
@@ -32,13 +34,13 @@ def keyword_inputs(model: nn.Module, given: Any) -> dict[str, Any]:
         given = _by_name(model, given)
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise TraceError(
-            f"example inputs are keyword arguments by name, not a {type(given).__name__}", _wanted(model)
+            f"example inputs are keyword arguments by name, not a {type(given).__name__}", wanted(model)
         )
     try:
         inspect.signature(model.forward).bind(**given)
     except TypeError as error:
         raise TraceError(
-            f"{type(model).__name__} cannot be called with these example inputs: {error}", _wanted(model)
+            f"{type(model).__name__} cannot be called with these example inputs: {error}", wanted(model)
         ) from None
     return on_device_of(model, dict(given))
 
@@ -61,6 +63,24 @@ def open_sizes(inputs: dict[str, Any]) -> Any:
         return dict.fromkeys(range(2 if has_sequence else min(1, item.dim())), Dim.AUTO)
 
     return tree_map(sizes, inputs)
+
+
+def fixed_sizes(program: ExportedProgram) -> list[str]:
+    """Return in words which batch, and which sequence of tokens, is as long as the example's only."""
+    given = {
+        spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
+    }
+    fixed = []
+    for node in program.graph.nodes:
+        example = node.meta.get("val")
+        if node.op == "placeholder" and node.name in given and isinstance(example, Tensor):
+            axes = example.shape[:1] if example.is_floating_point() else example.shape[:2]
+            fixed += [
+                f"{node.name} axis {dim} is {size}"
+                for dim, size in enumerate(axes)
+                if not free_symbols(size) and size > 1
+            ]
+    return fixed
 
 
 @contextmanager
@@ -92,22 +112,25 @@ def unnamed(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
     return [name for name in inputs if named and name not in named]
 
 
+def wanted(model: nn.Module) -> str:
+    """Return what a model's example inputs are to be, with the first names of its forward."""
+    named = _named(model)
+    listed = ", ".join(named[:8]) + (", …" if len(named) > 8 else "")
+    taken = f"; its forward takes {listed}" if named else ""
+    example = named[0] if named else "input_ids"
+    return f"give the keyword arguments of its forward: {{{example!r}: ...}}{taken}"
+
+
 def _by_name(model: nn.Module, values: tuple[Any, ...] | list[Any]) -> dict[str, Any]:
     named = _named(model)
     if len(values) > len(named):
-        problem = f"{len(values)} example inputs are given, and {type(model).__name__}'s forward names {len(named)}"
-        raise TraceError(problem, _wanted(model))
+        problem = (
+            f"{len(values)} example inputs are given, and {type(model).__name__}'s forward names {len(named)}"
+        )
+        raise TraceError(problem, wanted(model))
     return dict(zip(named, values))
 
 
 def _named(model: nn.Module) -> list[str]:
     parameters = inspect.signature(model.forward).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind in _NAMED]
-
-
-def _wanted(model: nn.Module) -> str:
-    named = _named(model)
-    listed = ", ".join(named[:8]) + (", …" if len(named) > 8 else "")
-    taken = f"; its forward takes {listed}" if named else ""
-    example = named[0] if named else "input_ids"
-    return f"give the keyword arguments of its forward: {{{example!r}: ...}}{taken}"
