@@ -50,7 +50,9 @@ def attributes_to_set(
     trial = _trial(model, Program(groups.graph.program), inputs)
     weights = {name: select_weight(name, item, groups, kept) for name, item in named_weights(trial.model)}
     expected = resize(trial.program, groups, kept)(weights, trial.inputs)
-    small = cut_module(trial.model, groups, kept)
+    del weights
+    small = trial.model
+    cut_module(small, groups, kept)
     problem = ""
     for choice in choices(model, groups, kept):
         before = set_attributes(small, choice)
@@ -67,7 +69,7 @@ class _Trial:
     """A model as it is compared with its program: its weights, and the arithmetic of both.
 
     Attributes:
-        model: With the weights to compare on.
+        model: A copy, with the weights to compare on.
         program: What was traced.
         inputs: Keyword arguments of the forward.
         in_double: Whether all of it is in float64.
@@ -115,7 +117,7 @@ class _Trial:
 def _trial(model: nn.Module, program: Program, inputs: Mapping[str, Any]) -> _Trial:
     """Return the sharpest trial that the model passes before anything is cut off."""
     if any(tensor.is_meta for _, tensor in named_weights(model)):
-        return _Trial(model, program, inputs, in_double=False)
+        return _Trial(copy.deepcopy(model), program, inputs, in_double=False)
     problem: str | None = None
     for in_double in (True, False):
         for weights in (_livelier, Tensor.detach):

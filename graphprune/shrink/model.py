@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -53,7 +54,8 @@ def shrink(
     inputs = keyword_inputs(model, example_inputs or _traced_inputs(groups))
     try:
         found = attributes_to_set(model, groups, kept, inputs)
-        small = cut_module(model, groups, kept)
+        small = copy.deepcopy(model)
+        cut_module(small, groups, kept)
         set_attributes(small, found)
         describe(small, model, groups, plan)
         return small

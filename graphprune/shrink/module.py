@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,22 +15,20 @@ from graphprune.shrink.weights import agreed_selections, select_weight
 from graphprune.trace.graph import Value
 
 
-def cut_module(model: nn.Module, groups: NodeGroups, kept: Mapping[str, Indices]) -> nn.Module:
-    """Return a copy of a module with smaller weights; the attributes that its own code reads stay as they are.
+def cut_module(model: nn.Module, groups: NodeGroups, kept: Mapping[str, Indices]) -> None:
+    """Give a module smaller weights, in place; the attributes that its own code reads stay as they are.
 
     Args:
-        model: The module; it is not changed.
+        model: The module: a copy of the one that the groups were read off.
         groups: Its node groups.
         kept: Units that stay, by group name.
 
     Raises:
         ShrinkError: If a norm whose width shrinks is in no module that could make up for it.
     """
-    small = copy.deepcopy(model)
-    _slice_weights(small, groups, kept)
-    _record_sizes(small, _convolution_groups(groups, kept))
-    compensate_norms(small, groups, kept)
-    return small
+    _slice_weights(model, groups, kept)
+    _record_sizes(model, _convolution_groups(groups, kept))
+    compensate_norms(model, groups, kept)
 
 
 def _slice_weights(model: nn.Module, groups: NodeGroups, kept: Mapping[str, Indices]) -> None:
