@@ -49,6 +49,10 @@ class TraceError(GraphPruneError, RuntimeError):
     exit_code = 3
 
 
+class TraceWarning(UserWarning):
+    """A model was traced for the sizes of its example inputs alone, because it does not leave them open."""
+
+
 class CouplingError(GraphPruneError, RuntimeError):
     """Node groups were asked for something that they do not hold."""
 

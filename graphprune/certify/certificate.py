@@ -20,7 +20,7 @@ from graphprune.certify.routing import forbid_choices
 from graphprune.coupling.groups import NodeGroup, NodeGroups
 from graphprune.coupling.selection import Indices
 from graphprune.errors import CouplingError, VerificationError
-from graphprune.shrink.program import Program
+from graphprune.shrink.program import Program, traced_inputs
 from graphprune.shrink.resize import resize
 from graphprune.shrink.weights import named_weights, select_weight, zero_weight
 
@@ -113,7 +113,7 @@ def certify(
     if not isinstance(groups.graph.program, ExportedProgram):
         return _certify_onnx(groups, example_inputs or {}, seed, tolerance or ONNX_TOLERANCE)
     tolerance = tolerance or TOLERANCE
-    example_inputs = example_inputs or groups.graph.program.example_inputs[1]
+    example_inputs = example_inputs or traced_inputs(groups.graph.program)
     trial = _Trial(model, groups, example_inputs, np.random.default_rng(seed))
     movable = [group for group in groups.values() if group.permutable]
     prunable = [group for group in groups.values() if group.prunable]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,14 +12,13 @@ from torch.export import ExportedProgram
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import ShrinkError, ShrinkWarning
+from graphprune.shrink.attributes import set_attributes
 from graphprune.shrink.config import describe
-from graphprune.shrink.module import shrink_module
+from graphprune.shrink.follow import attributes_to_set
+from graphprune.shrink.module import cut_module
 from graphprune.shrink.plan import Plan
-from graphprune.shrink.program import Program
-from graphprune.shrink.resize import resize
 from graphprune.shrink.traced import shrink_graph
-from graphprune.shrink.weights import named_weights, select_weight
-from graphprune.trace.fx import on_device_of
+from graphprune.trace.inputs import keyword_inputs
 
 Form = Literal["auto", "module", "graph"]
 
@@ -27,7 +27,7 @@ def shrink(
     model: nn.Module | ExportedProgram,
     groups: NodeGroups,
     plan: Plan,
-    example_inputs: Mapping[str, Any] | None = None,
+    example_inputs: Any = None,
     *,
     form: Form = "auto",
 ) -> nn.Module:
@@ -51,14 +51,12 @@ def shrink(
     kept = plan.kept(groups)
     if form == "graph" or isinstance(model, ExportedProgram):
         return shrink_graph(model, groups, kept)
-    inputs = on_device_of(model, dict(example_inputs or _traced_inputs(groups)))
-    weights = {
-        name: select_weight(name, tensor.detach(), groups, kept) for name, tensor in named_weights(model)
-    }
-    expected = resize(Program(groups.graph.program), groups, kept)(weights, inputs)[0]
-    del weights
+    inputs = keyword_inputs(model, example_inputs or _traced_inputs(groups))
     try:
-        small = shrink_module(model, groups, kept, inputs, expected)
+        found = attributes_to_set(model, groups, kept, inputs)
+        small = copy.deepcopy(model)
+        cut_module(small, groups, kept)
+        set_attributes(small, found)
         describe(small, model, groups, plan)
         return small
     except ShrinkError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,52 +10,25 @@ from torch import Tensor, nn
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.coupling.selection import Indices
-from graphprune.errors import ShrinkError, TraceError
-from graphprune.shrink.attributes import choices, set_attributes
 from graphprune.shrink.norms import compensate_norms
 from graphprune.shrink.weights import agreed_selections, select_weight
-from graphprune.trace.fx import trace_module
 from graphprune.trace.graph import Value
 
-# Relative to the largest output; the graph and the module add up in different orders.
-TOLERANCE = 1e-4
 
-
-def shrink_module(
-    model: nn.Module,
-    groups: NodeGroups,
-    kept: Mapping[str, Indices],
-    inputs: Mapping[str, Any],
-    expected: Tensor,
-) -> nn.Module:
-    """Return a sliced copy of a module that computes what the shrunk graph does.
+def cut_module(model: nn.Module, groups: NodeGroups, kept: Mapping[str, Indices]) -> None:
+    """Give a module smaller weights, in place; the attributes that its own code reads stay as they are.
 
     Args:
-        model: The module; it is not changed.
+        model: The module: a copy of the one that the groups were read off.
         groups: Its node groups.
         kept: Units that stay, by group name.
-        inputs: Keyword arguments of its forward.
-        expected: What the shrunk graph returns for them.
 
     Raises:
-        ShrinkError: If the module's own code does not follow, with what it said.
+        ShrinkError: If a norm whose width shrinks is in no module that could make up for it.
     """
-    small = copy.deepcopy(model)
-    _slice_weights(small, groups, kept)
-    _record_sizes(small, _convolution_groups(groups, kept))
-    compensate_norms(small, groups, kept)
-    problem = ""
-    for choice in choices(model, groups, kept):
-        before = set_attributes(small, choice)
-        wrong = _difference(small, inputs, expected)
-        if wrong is None:
-            return small
-        problem = problem or wrong
-        set_attributes(small, before)
-    raise ShrinkError(
-        f"{type(model).__name__}'s own code does not follow its smaller weights: {problem}",
-        "take the traced graph, shrink(..., form='graph'), or prune other kinds of groups",
-    )
+    _slice_weights(model, groups, kept)
+    _record_sizes(model, _convolution_groups(groups, kept))
+    compensate_norms(model, groups, kept)
 
 
 def _slice_weights(model: nn.Module, groups: NodeGroups, kept: Mapping[str, Indices]) -> None:
@@ -130,49 +102,3 @@ def _convolution_groups(groups: NodeGroups, kept: Mapping[str, Indices]) -> dict
                 count = len(groups.keep(whole[1 - len(weight.shape)], selection))
                 found[operator.module] = count // len(groups.keep(of_group[1], selection))
     return found
-
-
-def _difference(module: nn.Module, inputs: Mapping[str, Any], expected: Tensor) -> str | None:
-    """Run a module; return what is wrong with it, or None."""
-    if expected.is_meta:
-        return _misfit(module, inputs, expected)
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            ours = first_tensor(module(**inputs))
-    except (
-        RuntimeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        AssertionError,
-    ) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
-    finally:
-        module.train(was_training)
-    if ours.shape != expected.shape:
-        return f"its output has the shape {tuple(ours.shape)}, not {tuple(expected.shape)}"
-    distance = float((ours - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    if distance <= TOLERANCE:
-        return None
-    return f"its outputs are off by {distance:.1e} of their size (allowed {TOLERANCE:.0e})"
-
-
-def _misfit(module: nn.Module, inputs: Mapping[str, Any], expected: Tensor) -> str | None:
-    """Trace a module without weights: there are shapes to compare, and no numbers."""
-    try:
-        found = trace_module(module, inputs, dynamic=False).outputs[0].shape
-    except TraceError as error:
-        return error.problem
-    return None if found == tuple(expected.shape) else f"its output has the shape {found}"
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the first tensor of what a model returns."""
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output
-    return next(value for value in values if isinstance(value, Tensor))

@@ -19,6 +19,7 @@ from torch import nn
 from graphprune.coupling.groups import NodeGroups
 from graphprune.coupling.layout import Layout, atoms_of, find
 from graphprune.coupling.selection import Indices
+from graphprune.errors import ShrinkError
 from graphprune.trace.graph import Operator
 
 
@@ -48,9 +49,18 @@ def compensate_norms(model: nn.Module, groups: NodeGroups, kept: Mapping[str, In
         model: The sliced module, changed in place.
         groups: The node groups of the original.
         kept: Units that stay, by group name.
+
+    Raises:
+        ShrinkError: If the operators of a norm ran in no module that can be found by its name.
     """
+    modules = dict(model.named_modules(remove_duplicate=False))
     for norm in {norm.module: norm for norm in _norms(groups, kept)}.values():
-        owner = model.get_submodule(norm.module)
+        owner = modules.get(norm.module)
+        if owner is None:
+            raise ShrinkError(
+                f"the norm in {norm.module} is in no module of that name, so that its eps cannot be rescaled",
+                "take the traced graph, shrink(..., form='graph'), or prune other kinds of groups",
+            )
         for name, value in list(vars(owner).items()):
             if isinstance(value, float) and value == norm.eps:
                 setattr(owner, name, value * norm.ratio)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,11 +31,9 @@ class Program:
         self._constants = {
             name: item for name, item in exported.constants.items() if isinstance(item, Tensor)
         }
-        self._keywords = tuple(exported.example_inputs[1]) if exported.example_inputs else ()
-        for node in list(self.module.graph.nodes):
-            if str(node.target) in GUARDS:
-                self.module.graph.erase_node(node)
-        self.module.recompile()
+        positional, named = exported.example_inputs or ((), {})
+        self._keywords = () if positional else tuple(named)
+        erase_guards(self.module)
 
     @property
     def weight_names(self) -> dict[str, str]:
@@ -46,11 +44,12 @@ class Program:
         """Return the same program with every float type in it replaced by float64."""
         twin = copy.copy(self)
         twin.module = copy.deepcopy(self.module)
-        for node in twin.module.graph.nodes:
-            node.args = fx.node.map_aggregate(node.args, _widen)
-            node.kwargs = fx.node.map_aggregate(node.kwargs, _widen)
-        twin.module.recompile()
-        twin._constants = {name: _double(constant) for name, constant in self._constants.items()}
+        for part in graph_modules(twin.module):
+            for node in part.graph.nodes:
+                node.args = fx.node.map_aggregate(node.args, widen)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, widen)
+            part.recompile()
+        twin._constants = {name: double(constant) for name, constant in self._constants.items()}
         return twin
 
     def __call__(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -69,9 +68,33 @@ class Program:
         return tuple(item for item in tree_flatten(outputs)[0] if isinstance(item, Tensor))
 
 
-def _widen(argument: Any) -> Any:
+def traced_inputs(exported: ExportedProgram) -> dict[str, Any]:
+    """Return the example inputs that a program was exported with; positional ones by their place."""
+    positional, named = exported.example_inputs or ((), {})
+    return {**{str(place): item for place, item in enumerate(positional)}, **named}
+
+
+def graph_modules(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """Yield a traced graph, and those that its operators hold: what ran without gradients is one of its own."""
+    yield from (part for part in module.modules() if isinstance(part, fx.GraphModule))
+
+
+def erase_guards(module: fx.GraphModule) -> None:
+    """Erase the exporter's assertions on types, devices and sizes, which hold for the traced weights alone."""
+    for part in graph_modules(module):
+        for node in list(part.graph.nodes):
+            if str(node.target) in GUARDS:
+                part.graph.erase_node(node)
+        part.recompile()
+
+
+def widen(argument: Any) -> Any:
+    """Return float64 for any float type, and everything else as it is."""
+    if not isinstance(argument, torch.dtype):
+        return argument
     return torch.float64 if argument in (torch.float32, torch.float16, torch.bfloat16) else argument
 
 
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def double(item: Any) -> Any:
+    """Return a tensor of floats in float64, and everything else as it is."""
+    return item.double() if isinstance(item, Tensor) and item.is_floating_point() else item

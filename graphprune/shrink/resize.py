@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from graphprune.coupling.groups import NodeGroups
-from graphprune.coupling.layout import Layout, atoms_of
+from graphprune.coupling.layout import Layout, atoms_of, find
 from graphprune.coupling.selection import Indices, Selection
 from graphprune.shrink.program import Program
 from graphprune.shrink.resizers import resizer_for
@@ -123,6 +123,41 @@ class Sizes:
         """Return how many indices of an axis stay."""
         return len(self.kept(axis)) if self.touches(axis) else axis.size
 
+    def resized(self, old: Any, axis: Layout, node: fx.Node) -> Any:
+        """Return what stands for the size of an axis in an operator's arguments, after the removal.
+
+        A number becomes another number, and −1 stays. Where the size follows from the inputs' sizes (batch × heads),
+        the result does too.
+
+        Args:
+            old: What stands there: a number, or a node that computes it.
+            axis: The axis.
+            node: The operator.
+        """
+        if not self.touches(axis) or old == -1:
+            return old
+        if not isinstance(old, fx.Node):
+            return self.size(axis)
+        if find(axis).form == "concat":
+            return self.computed(operator.sub, old, axis.size - self.size(axis), node)
+        return self.in_proportion(old, self.size(axis), axis.size, node)
+
+    def in_proportion(self, old: Any, part: int, whole: int, node: fx.Node) -> Any:
+        """Return `old` × `part` / `whole`, for a number or for a node in front of `node` that computes it."""
+        divisor = math.gcd(part, whole)
+        scaled = self.computed(operator.mul, old, part // divisor, node)
+        return self.computed(operator.floordiv, scaled, whole // divisor, node)
+
+    def computed(self, function: Any, old: Any, number: int, node: fx.Node) -> Any:
+        """Return `function` of `old` and a number, of numbers at once and of nodes when the graph runs."""
+        if not isinstance(old, fx.Node):
+            return function(old, number)
+        neutral = 0 if function is operator.sub else 1
+        if number == neutral:
+            return old
+        with self._module.graph.inserting_before(node):
+            return self._module.graph.call_function(function, (old, number))
+
     def ratio(self, axes: Sequence[Layout]) -> float:
         """Return which share of the product of some axes stays."""
         return math.prod(self.size(axis) for axis in axes) / math.prod(axis.size for axis in axes)
@@ -160,11 +195,38 @@ class Sizes:
         for source in node.all_input_nodes if copies else ():
             for dim, axis in enumerate(copies.get(self.value_name(source), ())):
                 if self.touches(axis):
-                    numbers = self.constant(self.kept(axis), source)
-                    with self._module.graph.inserting_before(node):
-                        chosen = self._module.graph.call_function(
-                            torch.ops.aten.index_select.default, (source, dim, numbers)
-                        )
+                    chosen = self._chosen(source, dim, axis, node)
                     chosen.meta["val"] = source.meta.get("val")
                     node.replace_input_with(source, chosen)
                     source = chosen
+
+    def _chosen(self, source: fx.Node, dim: int, axis: Layout, node: fx.Node) -> fx.Node:
+        """Return what stays of one axis, where the inputs' own factors of it (the batch) may have any size."""
+        aten, outer, inner, after = torch.ops.aten, *self._around(axis)
+        if not any(atom.anchored for factor in (*outer, *after) for atom in atoms_of(factor)):
+            return self._call(
+                node, aten.index_select.default, source, dim, self.constant(self.kept(axis), source)
+            )
+        sizes = [math.prod(factor.size for factor in run) for run in (outer, inner, after)]
+        sizes[0 if any(atom.anchored for factor in outer for atom in atoms_of(factor)) else 2] = -1
+        kept = self.constant(self._kept_of_product(inner), source)
+        apart = self._call(node, aten.unflatten.int, source, dim, sizes)
+        chosen = self._call(node, aten.index_select.default, apart, dim + 1, kept)
+        return self._call(node, aten.flatten.using_ints, chosen, dim, dim + 2)
+
+    def _call(self, before: fx.Node, target: Any, *arguments: Any) -> fx.Node:
+        with self._module.graph.inserting_before(before):
+            return self._module.graph.call_function(target, arguments)
+
+    def _around(self, axis: Layout) -> tuple[list[Layout], list[Layout], list[Layout]]:
+        """Return the factors of an axis before, between and after those that units of go."""
+        factors = self._groups.factors(axis)
+        touched = [place for place, factor in enumerate(factors) if self.touches(factor)]
+        first, last = touched[0], touched[-1] + 1
+        return factors[:first], factors[first:last], factors[last:]
+
+    def _kept_of_product(self, factors: Sequence[Layout]) -> Indices:
+        kept = np.zeros(1, dtype=np.int64)
+        for factor in factors:
+            kept = (kept[:, None] * factor.size + self.kept(factor)).ravel()
+        return kept

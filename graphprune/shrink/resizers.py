@@ -6,12 +6,14 @@ A resizer is registered for operators by name, as a rule is; operators without o
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import fx
 
+from graphprune.coupling.layout import Layout
 from graphprune.coupling.rules.reshaping import bounds
 
 if TYPE_CHECKING:
@@ -64,11 +66,10 @@ def shape(sizes: Sizes, node: fx.Node) -> None:
     name = next((n for n in ("size", "shape") if argument(node, n) is not None), None)
     if name is None:
         return
-    wanted = list(argument(node, name))
-    for position, axis in enumerate(sizes.axes(node)):
-        if sizes.touches(axis):
-            wanted[position] = sizes.size(axis)
-    set_argument(node, name, wanted)
+    axes = sizes.axes(node)
+    if axes:
+        old = argument(node, name)
+        set_argument(node, name, [sizes.resized(size, axis, node) for size, axis in zip(old, axes)])
 
 
 @resizer("aten.unflatten.int")
@@ -77,7 +78,7 @@ def unflatten(sizes: Sizes, node: fx.Node) -> None:
     wanted = list(argument(node, "sizes"))
     axes = sizes.axes(node)
     dim = argument(node, "dim") % (len(axes) - len(wanted) + 1)
-    wanted = [sizes.size(axis) if sizes.touches(axis) else old for axis, old in zip(axes[dim:], wanted)]
+    wanted = [sizes.resized(old, axis, node) for axis, old in zip(axes[dim:], wanted)]
     set_argument(node, "sizes", wanted)
 
 
@@ -88,7 +89,12 @@ def split(sizes: Sizes, node: fx.Node) -> None:
     source, dim = node.args[0], argument(node, "dim")
     if not any(sizes.touches(axis) for axis in sizes.axes(source)):
         return
-    lengths = [sizes.size(sizes.axes(node, result=i)[dim]) for i in range(len(node.meta["val"]))]
+    segments = [sizes.axes(node, result=i)[dim] for i in range(len(node.meta["val"]))]
+    told = argument(node, "split_sizes")
+    lengths = [
+        sizes.resized(old, segment, node)
+        for old, segment in zip(told or (segment.size for segment in segments), segments)
+    ]
     node.target = torch.ops.aten.split_with_sizes.default
     node.args, node.kwargs = (source, lengths, dim), {}
 
@@ -105,8 +111,10 @@ def slice_(sizes: Sizes, node: fx.Node) -> None:
         end = start + argument(node, "length")
     kept = sizes.kept(axes[dim])
     first, last = bounds(start, end, axes[dim].size)
+    to_the_end = last == axes[dim].size  # wherever that is: the axis may hold the batch
+    ends = int((kept < first).sum()), None if to_the_end else int((kept < last).sum())
     node.target = torch.ops.aten.slice.Tensor
-    node.args, node.kwargs = (source, dim, int((kept < first).sum()), int((kept < last).sum())), {}
+    node.args, node.kwargs = (source, dim, *ends), {}
 
 
 @resizer("aten.select.int")
@@ -161,21 +169,24 @@ def repeat(sizes: Sizes, node: fx.Node) -> None:
         return
     name = next(n for n in ("repeats", "dims") if argument(node, n) is not None)
     old = argument(node, name)
-    if isinstance(old, int):
+    if isinstance(old, (int, fx.Node)):
         dim = argument(node, "dim")
-        pair = (after[0], before) if dim is None else (after[dim], [before[dim]])
-        set_argument(node, name, sizes.size(pair[0]) // _total(sizes, pair[1]))
+        source, result = (before, after) if dim is None else ([before[dim]], [after[dim]])
+        set_argument(node, name, _times(sizes, old, source, result, node))
         set_argument(node, "output_size", None)
         return
-    times = list(old)
-    for distance in range(1, len(before) + 1):
-        if sizes.touches(after[-distance]):
-            times[-distance] = sizes.size(after[-distance]) // sizes.size(before[-distance])
-    set_argument(node, name, times)
+    new: list[list[Layout]] = [[]] * (len(after) - len(before))  # axes that the source does not have
+    sources = [*new, *([axis] for axis in before)]
+    pairs = zip(sources[-len(old) :], after[-len(old) :], strict=True)
+    counts = [_times(sizes, count, source, [axis], node) for count, (source, axis) in zip(old, pairs)]
+    set_argument(node, name, counts)
 
 
-def _total(sizes: Sizes, axes: Any) -> int:
-    return int(np.prod([sizes.size(axis) for axis in axes]))
+def _times(sizes: Sizes, old: Any, source: list[Layout], result: list[Layout], node: fx.Node) -> Any:
+    """Return how often to repeat what is left of some axes for what is left of the result."""
+    part = prod(sizes.size(axis) for axis in result) * prod(axis.size for axis in source)
+    whole = prod(axis.size for axis in result) * prod(sizes.size(axis) for axis in source)
+    return sizes.in_proportion(old, part, whole, node)
 
 
 @resizer("aten.mean")

@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.coupling.selection import Indices
+from graphprune.shrink.program import erase_guards
 from graphprune.shrink.resize import resize_graph
 from graphprune.shrink.weights import named_weights, select_weight
 
@@ -31,6 +32,7 @@ def shrink_graph(
     small = program.module(check_guards=False)
     for method in ("train", "eval"):  # the exporter forbids both; nothing in the graph depends on them
         small.__dict__.pop(method, None)
+    erase_guards(small)
     resize_graph(small, groups, kept, _weight_nodes(small))
     _set_weights(small, dict(named_weights(model)), groups, kept)
     return small

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils._pytree import tree_map
 
-from graphprune.errors import TraceError
+from graphprune.errors import TraceError, TraceWarning
+from graphprune.trace.caches import without_caches
 from graphprune.trace.fold import known_numbers
 from graphprune.trace.graph import Argument, DynamicSize, Operator, OperatorGraph, Role, Value
+from graphprune.trace.inputs import fixed_sizes, keyword_inputs, naming, open_sizes, unnamed, wanted
 
 # Nodes that compute nothing: shape guards that the exporter leaves behind.
 GUARDS = frozenset(
@@ -32,14 +34,14 @@ _ROLES: dict[InputKind, Role] = {
     InputKind.BUFFER: "buffer",
     InputKind.CONSTANT_TENSOR: "constant",
 }
+# How the exporter names a module of a slice of a list: the slice as Python writes it, and the place in it.
+_SLICED = re.compile(r"slice\((None|\d+), (?:None|-?\d+), (None|\d+)\)\.(\d+)")
 _UNKNOWN_SIZE = 17  # for a size that follows from the inputs' numbers; what has it is pinned
 
 _Lowered = Value | DynamicSize | tuple[Value | None, ...]
 
 
-def trace_module(
-    model: nn.Module, example_inputs: Mapping[str, Any], *, dynamic: bool = True
-) -> OperatorGraph:
+def trace_module(model: nn.Module, example_inputs: Any, *, dynamic: bool = True) -> OperatorGraph:
     """Trace a torch module into an operator graph.
 
     The model is exported whole by ``torch.export`` without decompositions, in evaluation mode and without
@@ -47,27 +49,21 @@ def trace_module(
 
     Args:
         model: Any module that ``torch.export`` takes; PEFT-wrapped ones show their adapters by name.
-        example_inputs: Keyword arguments of its forward. Choose sizes that collide with nothing, such as a
-            batch of 2 and a sequence of 11.
-        dynamic: Whether the batch and the sequence stay open in the program, where the model allows it.
+        example_inputs: Keyword arguments of its forward by name; or one tensor, or a tuple of its first arguments.
+            Choose sizes that collide with nothing, such as a batch of 2 and a sequence of 11. A forward that names
+            ``use_cache`` and is not told gets False.
+        dynamic: Whether the batch and the sequence stay open in the program; a `TraceWarning` tells where the model
+            does not allow it.
 
     Returns:
         The operator graph, which keeps the exported program for surgery.
 
     Raises:
-        TraceError: If the model cannot be exported; the cause is attached.
+        TraceError: If the model cannot be exported, with the exporter's first line.
     """
-    inputs = on_device_of(model, dict(example_inputs))
-    with _evaluation(model):
-        try:
-            program = _export(model, inputs, _open_sizes(inputs) if dynamic else None)
-        except Exception as error:
-            if dynamic:  # some models fix their sizes; what they cannot do at all is told then
-                return trace_module(model, example_inputs, dynamic=False)
-            raise TraceError(
-                f"torch.export could not trace {type(model).__name__}: {_first_line(error)}",
-                "run the model on the same example inputs; data-dependent Python control flow is the usual cause",
-            ) from error
+    inputs = keyword_inputs(model, example_inputs)
+    with _evaluation(model), without_caches(model):
+        program = _exported(model, inputs, dynamic)
     return trace_program(program, _tied_names(model))
 
 
@@ -107,30 +103,42 @@ def _live(operators: list[Operator], outputs: tuple[Value, ...]) -> tuple[Operat
     return tuple(reversed(kept))
 
 
-def _export(model: nn.Module, inputs: dict[str, Any], open_sizes: Any) -> ExportedProgram:
-    with torch.no_grad(), warnings.catch_warnings():
+def _exported(model: nn.Module, inputs: dict[str, Any], dynamic: bool) -> ExportedProgram:
+    """Export with open sizes, or else with those of the example: some models fix their sizes."""
+    program, problem = None, ""
+    for sizes in (open_sizes(inputs), None) if dynamic else (None,):
+        try:
+            program = _export(model, inputs, sizes)
+            break
+        except Exception as error:
+            problem = f": {_first_line(error)}"
+    if (
+        program is None
+    ):  # the exporter's own traceback, hundreds of lines, says no more than its first line does
+        raise TraceError(
+            f"torch.export could not trace {type(model).__name__}{problem}", _remedy(model, inputs)
+        )
+    fixed = fixed_sizes(program) if dynamic else []
+    if fixed:
+        warnings.warn(
+            f"{type(model).__name__} is traced for the example's sizes alone ({'; '.join(fixed)}){problem}",
+            TraceWarning,
+            stacklevel=4,
+        )
+    return program
+
+
+def _remedy(model: nn.Module, inputs: dict[str, Any]) -> str:
+    strange = unnamed(model, inputs)
+    if strange:
+        return f"its forward does not name {', '.join(strange)}: {wanted(model)}"
+    return "run the model on the same example inputs; data-dependent Python control flow is the usual cause"
+
+
+def _export(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+    with torch.no_grad(), naming(model, inputs), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(model, args=(), kwargs=inputs, strict=False, dynamic_shapes=open_sizes)
-
-
-def _open_sizes(inputs: dict[str, Any]) -> Any:
-    """Leave the batch open, and the sequence of whatever has one: token numbers and (batch, sequence, width)."""
-
-    def sizes(item: Any) -> Any:
-        if not isinstance(item, Tensor):
-            return None
-        has_sequence = item.dim() > 1 and (not item.is_floating_point() or item.dim() == 3)
-        return dict.fromkeys(range(2 if has_sequence else min(1, item.dim())), Dim.AUTO)
-
-    return tree_map(sizes, inputs)
-
-
-def on_device_of(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Put the inputs on the meta device if the model is there."""
-    parameter = next(model.parameters(), None)
-    if parameter is None or parameter.device.type != "meta":
-        return inputs
-    return tree_map(lambda item: item.to("meta") if isinstance(item, Tensor) else item, inputs)
+        return torch.export.export(model, args=(), kwargs=inputs, strict=False, dynamic_shapes=dynamic_shapes)
 
 
 def _placeholders(
@@ -194,8 +202,14 @@ def _operator(node: torch.fx.Node, values: dict[str, _Lowered], known: Mapping[s
         )
         values[node.name] = outputs
     stack = node.meta.get("nn_module_stack") or {}
-    module = next(reversed(stack.values()))[0] if stack else ""
+    module = _SLICED.sub(_place, next(reversed(stack.values()))[0]) if stack else ""
     return Operator(node.name, str(node.target), arguments, outputs, module)
+
+
+def _place(sliced: re.Match[str]) -> str:
+    """Return the place in a list of modules that is meant by a place in a slice of it."""
+    start, step, place = (int(text) if text != "None" else None for text in sliced.groups())
+    return str((start or 0) + (step or 1) * (place or 0))
 
 
 def _by_schema(node: torch.fx.Node) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from graphprune.trace.graph import OperatorGraph
 
 def trace(
     model: Any,
-    example_inputs: Mapping[str, Any] | None = None,
+    example_inputs: Any = None,
     *,
     dynamic: bool = True,
 ) -> OperatorGraph:
@@ -21,10 +20,12 @@ def trace(
     Args:
         model: A ``torch.nn.Module`` (PEFT-wrapped ones show their adapters by name; weights may live on the meta
             device), a ``torch.export.ExportedProgram``, the path of an ``.onnx`` file, or an ``onnx_ir.Model``.
-        example_inputs: Keyword arguments of the module's forward; sizes that collide with nothing are best, such
-            as a batch of 2 and a sequence of 11. An ONNX model takes sizes by the names of its symbolic
-            dimensions here, or none.
-        dynamic: Whether the batch and the sequence stay open in the program, where the model allows it.
+        example_inputs: Keyword arguments of the module's forward by name; or one tensor, or a tuple of its first
+            arguments. Sizes that collide with nothing are best, such as a batch of 2 and a sequence of 11. A forward
+            that names ``use_cache`` and is not told gets False. An ONNX model takes sizes by the names of its
+            symbolic dimensions here, or none.
+        dynamic: Whether the batch and the sequence stay open in the program; a `TraceWarning` tells where the model
+            does not allow it.
 
     Returns:
         The operator graph, which keeps the front end's own program for surgery.

@@ -16,6 +16,8 @@ from graphprune.coupling import analysis
 from graphprune.coupling.groups import node_groups
 from graphprune.errors import CouplingError, VerificationError
 from graphprune.shrink import resizers
+from graphprune.shrink.model import shrink
+from graphprune.shrink.plan import Plan
 from graphprune.trace.model import trace
 
 
@@ -121,6 +123,31 @@ def test_a_member_dropped_is_caught(adapted, monkeypatch):
     monkeypatch.setattr(module, "select_weight", forgetful)
     monkeypatch.setattr(module._Trial, "removed_error", lambda self, groups: (0.0, 1.0))
     assert certify(adapted.model, adapted.groups, adapted.inputs).permuted_max_error > 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_program_exported_by_hand_is_certified_in_float64(build_llama, dtype):
+    """Exported with gradients, its rotary angles are a graph of their own, which asserts the types it was given."""
+    model = build_llama().to(dtype)
+    inputs = {"input_ids": torch.arange(22).reshape(2, 11) % 60, "use_cache": False}
+    program = torch.export.export(model, (), kwargs=inputs, strict=False)
+    assert any(isinstance(part, torch.fx.GraphModule) for part in program.graph_module.children())
+    groups = node_groups(trace(program))
+    certificate = certify(model, groups, inputs)
+    assert certificate.ok
+    assert certificate.tolerance == 1e-9
+    assert certify(program, groups).ok
+    name = next(group.name for group in groups.prunable() if group.kind == "ffn")
+    small = shrink(program, groups, Plan({name: [0]}))
+    with torch.no_grad():  # types asserted nowhere: it runs in another one
+        assert small.double()(**inputs).logits.dtype is torch.float64
+
+
+def test_a_program_exported_with_positions_is_certified_on_its_own_inputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    program = torch.export.export(model, (torch.randn(5, 6),), strict=False)
+    assert certify(model, node_groups(trace(program))).ok
 
 
 def test_nothing_to_permute_is_an_error():
