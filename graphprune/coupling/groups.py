@@ -360,6 +360,8 @@ def _reason(atom: Layout) -> str | None:
         return "each of its indices is read for itself"
     if "softmax" in atom.marks and "routed" not in atom.marks:
         return "softmax over this axis: its other units would change"
+    if "ranked" in atom.marks and "routed" not in atom.marks:
+        return "a top-k over this axis is read for its values alone: others would take the place of one that is gone"
     if atom.minimum >= atom.size:
         return f"a top-k picks {atom.minimum} of its {atom.size} units"
     return None

@@ -79,7 +79,7 @@ class _Zeros:
         how, spanned = vanishing_of(operator.target), self._spanned(output)
         if how == "zero" or not spanned:
             return spanned
-        operands = [value for value in operator.inputs if value.dtype != "bool"]
+        operands = [value for value in operator.sources if value.dtype != "bool"]
         if how == "never" or not operands or _is_not_zero_at_zero(operator):
             return _NONE
         if how == "any":

@@ -19,8 +19,6 @@ def _only(operator: Operator) -> Value:
     "aten.reshape",
     "aten._unsafe_view",
     "aten._reshape_alias",
-    "aten.view_as",
-    "aten.reshape_as",
     "aten.flatten",
     "aten.unflatten",
     "aten.unsqueeze",
@@ -33,6 +31,12 @@ def view(operator: Operator, algebra: Algebra) -> Axes:
     """Row-major factoring from one shape to the other."""
     source = operator.inputs[0]
     return algebra.reshape(algebra[source], source.shape, _only(operator).shape)
+
+
+@rule("aten.view_as", "aten.reshape_as", vanishes="first", moves=True)
+def view_as(operator: Operator, algebra: Algebra) -> Axes:
+    """Factor likewise; the shape is another value's, and shrinks with it."""
+    return _shaped_like(operator["other"], view(operator, algebra), algebra)
 
 
 @rule("aten.transpose", "aten.swapaxes", "aten.swapdims", vanishes="first", moves=True)
@@ -78,7 +82,7 @@ def move_axes(operator: Operator, algebra: Algebra) -> Axes:
     return rest
 
 
-@rule("aten.expand", "aten.broadcast_to", "aten.expand_as", vanishes="first", moves=True)
+@rule("aten.expand", "aten.broadcast_to", vanishes="first", moves=True)
 def expand(operator: Operator, algebra: Algebra) -> Axes:
     """Repeat axes of size 1: a free broadcast atom each."""
     source, output = operator["self"], _only(operator)
@@ -90,6 +94,12 @@ def expand(operator: Operator, algebra: Algebra) -> Axes:
             result[position] = axis
     algebra.mark([axis for axis in result if axis not in axes], "repeated")
     return result
+
+
+@rule("aten.expand_as", vanishes="first", moves=True)
+def expand_as(operator: Operator, algebra: Algebra) -> Axes:
+    """Repeat likewise; the shape is another value's, and shrinks with it."""
+    return _shaped_like(operator["other"], expand(operator, algebra), algebra)
 
 
 @rule("aten.repeat", "aten.tile", vanishes="first", moves=True)
@@ -238,6 +248,12 @@ def _repeated(algebra: Algebra, axis: Layout, size: int, *, copies_first: bool) 
     (copies,) = algebra.fresh([size // axis.size])
     algebra.mark([copies], "repeated")
     return algebra.solver.product([copies, axis] if copies_first else [axis, copies])
+
+
+def _shaped_like(other: Value, axes: Axes, algebra: Algebra) -> Axes:
+    for mine, theirs in zip(axes, algebra[other], strict=True):
+        algebra.same(mine, theirs)
+    return axes
 
 
 def _size(value: Value) -> int:
