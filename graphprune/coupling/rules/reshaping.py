@@ -219,6 +219,27 @@ def pixel_shuffle(operator: Operator, algebra: Algebra) -> Axes:
     return [*batch, kept, algebra.solver.product([height, down]), algebra.solver.product([width, across])]
 
 
+@rule("aten.pixel_unshuffle", vanishes="first", moves=True)
+def pixel_unshuffle(operator: Operator, algebra: Algebra) -> Axes:
+    """Turn (channels, h · r, w · r) into (channels · r · r, h, w)."""
+    source, factor = operator["self"], operator["downscale_factor"]
+    *batch, channels, tall, wide = algebra[source]
+    height, down = algebra.reshape([tall], [tall.size], [tall.size // factor, factor])
+    width, across = algebra.reshape([wide], [wide.size], [wide.size // factor, factor])
+    for axis in (tall, wide):
+        algebra.pin(axis, f"{operator.target} lays its units side by side")
+    return [*batch, algebra.solver.product([channels, down, across]), height, width]
+
+
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle", vanishes="first", moves=True)
+def channel_shuffle(operator: Operator, algebra: Algebra) -> Axes:
+    """Turn channels = groups × rest into rest × groups."""
+    source, groups = operator["self"], operator["groups"]
+    batch, channels, *positions = algebra[source]
+    outer, inner = algebra.reshape([channels], [channels.size], [groups, channels.size // groups])
+    return [batch, algebra.solver.product([inner, outer]), *positions]
+
+
 def bounds(start: int | None, end: int | None, size: int) -> tuple[int, int]:
     """Return a slice's bounds as numbers from 0 to `size`."""
     first, last, _ = slice(start, end).indices(size)
