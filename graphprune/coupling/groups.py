@@ -17,6 +17,7 @@ import numpy as np
 from graphprune.coupling.algebra import Algebra, Axes, Side
 from graphprune.coupling.analysis import analyze
 from graphprune.coupling.kinds import Kind, infer_kind
+from graphprune.coupling.low_rank import LinearPaths
 from graphprune.coupling.layout import Layout, atoms_of, find
 from graphprune.coupling.selection import Indices, Selection, select, unit_of_index
 from graphprune.errors import CouplingError, NothingPrunableError
@@ -267,8 +268,9 @@ def _found(graph: OperatorGraph, algebra: Algebra) -> NodeGroups:
             counted = replace(member, indices_per_unit=count)
             found.setdefault(identity, {}).setdefault((member.parameter, member.axis), counted)
     names: Counter[str] = Counter()
+    paths = LinearPaths(graph, algebra)
     groups = tuple(
-        _group(atoms[identity], tuple(members.values()), names)
+        _group(atoms[identity], tuple(members.values()), names, paths)
         for identity, members in found.items()
         if any(member.role == "parameter" for member in members.values())
     )
@@ -325,10 +327,14 @@ def _count(layout: Layout, times: int, counts: dict[int, int], atoms: dict[int, 
         _count(part, times * inner, counts, atoms)
 
 
-def _group(atom: Layout, members: tuple[Member, ...], names: Counter[str]) -> NodeGroup:
+def _group(
+    atom: Layout, members: tuple[Member, ...], names: Counter[str], paths: LinearPaths
+) -> NodeGroup:
     parameters = [member for member in members if member.role == "parameter"]
     sides = [member.side for member in parameters]
-    kind = infer_kind(atom.marks, sides, len({member.parameter for member in parameters}))
+    reached = tuple({member.parameter: None for member in parameters})
+    is_update = len(reached) == 2 and paths.lie_beside_another(reached)
+    kind = infer_kind(atom.marks, sides, is_update=is_update)
     reason = _reason(atom)
     freed = sum(
         int(np.prod(member.shape)) // member.shape[member.axis] * member.indices_per_unit
