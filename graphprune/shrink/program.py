@@ -12,6 +12,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_flatten
 
+from graphprune.errors import InputsError
+from graphprune.shrink.resizers import argument, set_argument
 from graphprune.trace.fx import GUARDS
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER)
@@ -47,6 +49,7 @@ class Program:
         twin = copy.copy(self)
         twin.module = copy.deepcopy(self.module)
         for node in twin.module.graph.nodes:
+            _write_epsilon(node)
             node.args = fx.node.map_aggregate(node.args, _widen)
             node.kwargs = fx.node.map_aggregate(node.kwargs, _widen)
         twin.module.recompile()
@@ -54,7 +57,17 @@ class Program:
         return twin
 
     def __call__(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """Run on `weights` by qualified name and on the example inputs' keywords; return the tensor outputs."""
+        """Run on `weights` by qualified name and on the example inputs' keywords; return the tensor outputs.
+
+        Raises:
+            InputsError: If an input that was traced is missing.
+        """
+        missing = [name for name in self._keywords if name not in inputs]
+        if missing:
+            raise InputsError(
+                f"the model was traced with {', '.join(self._keywords)}; not given: {', '.join(missing)}",
+                f"give them by name; these were: {', '.join(inputs) or 'none'}",
+            )
         given = iter(tree_flatten(((), {name: inputs[name] for name in self._keywords or inputs}))[0])
         arguments = []
         for spec in self._specs:
@@ -69,8 +82,14 @@ class Program:
         return tuple(item for item in tree_flatten(outputs)[0] if isinstance(item, Tensor))
 
 
-def _widen(argument: Any) -> Any:
-    return torch.float64 if argument in (torch.float32, torch.float16, torch.bfloat16) else argument
+def _write_epsilon(node: fx.Node) -> None:
+    """Write down what a norm's eps defaults to, before the type that it follows is another."""
+    if str(node.target) == "aten.rms_norm.default" and argument(node, "eps") is None:
+        set_argument(node, "eps", torch.finfo(node.args[0].meta["val"].dtype).eps)  # type: ignore[union-attr]
+
+
+def _widen(item: Any) -> Any:
+    return torch.float64 if item in (torch.float32, torch.float16, torch.bfloat16) else item
 
 
 def _double(tensor: Tensor) -> Tensor:

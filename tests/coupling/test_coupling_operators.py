@@ -103,8 +103,12 @@ def test_an_operand_that_gives_its_shape_is_coupled(case):
 
 def test_a_row_expanded_as_another_value_takes_its_units():
     """The expanded row has one index of its own width, and all units of the other's."""
-    groups = certified(TwoWidths(lambda second, first: second.sum(-1, keepdim=True).expand_as(first)).double())
-    by_size = {g.size: {m.parameter for m in g.members} for g in groups.values() if "d.weight" in str(g.members)}
+    groups = certified(
+        TwoWidths(lambda second, first: second.sum(-1, keepdim=True).expand_as(first)).double()
+    )
+    by_size = {
+        g.size: {m.parameter for m in g.members} for g in groups.values() if "d.weight" in str(g.members)
+    }
     assert by_size[20] == {"a.weight", "a.bias", "c.weight", "d.weight"}
 
 
