@@ -1,39 +1,50 @@
 """Low-bit weights in PyTorch: codebooks, packing, LoftQ, and layers that train adapters over packed weights.
 
-Stands alone: it needs torch, numpy and safetensors, and nothing of graphprune.
+Stands alone: it needs torch alone, safetensors to save and load, and nothing of graphprune.
 """
 
 from __future__ import annotations
 
 from quant import formats
-from quant.apply import LayerReport, LoftQConfig, loftq_model
+from quant.apply import LayerReport, loftq_model
 from quant.blockwise import QuantizedTensor, quantize
+from quant.calibration import collect_covariances
 from quant.codebooks import Format, format_names, get_format, register_format
+from quant.config import LoftQConfig
+from quant.covariance import InputNorm
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.linear import QuantLinear
 from quant.loftq import LoftQResult, loftq
+from quant.mix import Mix, mix_for_budget, paper_mix
 from quant.packed import cache_dequantized
 from quant.packing import pack, unpack
+from quant.scales import Scales
 from quant.storage import load_quantized_, save_quantized
 
 __all__ = [
     "Format",
+    "InputNorm",
     "LayerReport",
     "LoftQConfig",
     "LoftQResult",
+    "Mix",
     "QuantEmbedding",
     "QuantError",
     "QuantLinear",
     "QuantizedTensor",
+    "Scales",
     "cache_dequantized",
+    "collect_covariances",
     "format_names",
     "formats",
     "get_format",
     "load_quantized_",
     "loftq",
     "loftq_model",
+    "mix_for_budget",
     "pack",
+    "paper_mix",
     "quantize",
     "register_format",
     "save_quantized",

@@ -3,75 +3,23 @@
 # ruff: noqa: N806 -- lora_A and lora_B are the names that the field uses
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import math
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from quant.blockwise import QuantizedTensor, check_block_size, check_weight, quantize
-from quant.codebooks import get_format
+from quant.blockwise import QuantizedTensor, check_weight, quantize
+from quant.calibration import Batch, collect_covariances, evaluation
+from quant.chain import find_chain
+from quant.config import LoftQConfig
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.linear import QuantLinear
 from quant.loftq import loftq, relative_error
+from quant.sequential import quantize_chain
 from quant.tree import replace_module_
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoftQConfig:
-    """What `loftq_model` does.
-
-    Attributes:
-        format: Format of the linear layers.
-        block_size: Consecutive weights that share a scale: a power of two from 16 to 4096.
-        rank: Rank of the adapters.
-        iterations: Alternating steps of LoftQ; 0 is QLoRA.
-        include: Regular expressions; a linear layer is taken if one is found in its qualified name.
-        exclude: Regular expressions; a layer, or a tied group with one such name, is left as it is.
-        embedding_format: Format of embeddings that share their weight with a linear layer, and of that layer;
-            None leaves both as they are.
-        embedding_block_size: Their block size.
-
-    Raises:
-        QuantError: A value is out of range, a format unknown, or an expression malformed.
-    """
-
-    format: str = "nf4"
-    block_size: int = 64
-    rank: int = 16
-    iterations: int = 5
-    include: tuple[str, ...] = (".*",)
-    exclude: tuple[str, ...] = ()
-    embedding_format: str | None = None
-    embedding_block_size: int = 32
-
-    def __post_init__(self) -> None:
-        get_format(self.format)
-        if self.embedding_format is not None:
-            get_format(self.embedding_format)
-        check_block_size(self.block_size)
-        check_block_size(self.embedding_block_size)
-        if self.rank < 1 or self.iterations < 0:
-            raise QuantError(
-                f"rank {self.rank} with {self.iterations} iterations is not possible",
-                "choose a rank of at least 1 and 0 iterations (QLoRA) or more",
-            )
-        for expression in (*self.include, *self.exclude):
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise QuantError(
-                    f"{expression!r} is not a regular expression: {error}", "escape its special characters"
-                ) from error
-
-    def includes(self, name: str) -> bool:
-        """Tell whether the linear layer of this qualified name is to be quantized."""
-        return any(re.search(expression, name) for expression in self.include) and not self.excludes(name)
-
-    def excludes(self, name: str) -> bool:
-        """Tell whether the layer of this qualified name is to be left as it is."""
-        return any(re.search(expression, name) for expression in self.exclude)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,26 +51,40 @@ class _SharedWeight:
     layers: dict[str, nn.Linear | nn.Embedding]
 
     @property
+    def name(self) -> str:
+        return next(iter(self.layers))
+
+    @property
     def embeds(self) -> bool:
         return any(isinstance(layer, nn.Embedding) for layer in self.layers.values())
 
 
 def loftq_model(
-    model: nn.Module, config: LoftQConfig, on_layer: Callable[[str, int, int], None] | None = None
-) -> list[LayerReport]:
+    model: nn.Module,
+    config: LoftQConfig,
+    batches: Iterable[Batch] | None = None,
+    *,
+    on_layer: Callable[[str, int, int], None] | None = None,
+) -> tuple[nn.Module, list[LayerReport]]:
     """Replace the linear layers of a model by `QuantLinear` with LoftQ adapters, in place.
 
     Layers that share a weight share its codes, scales and adapters afterwards. A linear layer whose weight is
     an embedding's never gets adapters: with `embedding_format` both are packed and share one storage, else
     both stay. Everything is checked before the first layer is touched.
 
+    With calibration batches each layer is fitted to the inputs that it will get: block after block, where the
+    model is a chain of blocks, so that a layer sees what those before it have become; else all from one run of
+    the model as it was.
+
     Args:
         model: Any module tree with real weights (not on the meta device).
         config: Formats, rank, and which layers.
+        batches: What the model is called with: tensors, mappings of keyword arguments, or sequences of
+            positional ones. A few dozen windows of ordinary text. None for LoftQ as published, without data.
         on_layer: Called after each layer with its name, how many are done, and how many there are.
 
     Returns:
-        A report for each layer replaced, in the order of the model.
+        The model that was given, and a report for each layer replaced, in the order in which that was done.
 
     Raises:
         QuantError: No layer matches, or one cannot be quantized; the model is left as it was.
@@ -138,13 +100,48 @@ def loftq_model(
         _check(group)
     total = sum(len(group.layers) for group in groups)
     reports: list[LayerReport] = []
-    while groups:
+    waiting = {group.name: group for group in groups}
+
+    def compress(name: str, target: Tensor, covariance: Tensor | None) -> None:
         # Popped, so that each dense weight is freed as soon as its packed one is in place.
-        for report in _replace_(model, groups.pop(0), config):
+        for report in _replace_(model, waiting.pop(name), config, target, covariance):
             reports.append(report)
             if on_layer is not None:
                 on_layer(report.name, len(reports), total)
-    return reports
+
+    del groups
+    covariances = {} if batches is None else _calibrate(model, list(batches), waiting, config, compress)
+    for name in list(waiting):
+        compress(name, waiting[name].weight.detach(), covariances.get(name))
+    return model, reports
+
+
+def _calibrate(
+    model: nn.Module,
+    batches: list[Batch],
+    groups: dict[str, _SharedWeight],
+    config: LoftQConfig,
+    compress: Callable[[str, Tensor, Tensor | None], None],
+) -> dict[str, Tensor]:
+    """Compress the layers of the model's chain of blocks, and return the covariances of the others."""
+    alone = {
+        name: layer
+        for name, group in groups.items()
+        if not group.embeds and len(group.layers) == 1 and isinstance(layer := group.layers[name], nn.Linear)
+    }
+    with evaluation(model):
+        chain = find_chain(model, batches, list(alone)) if batches else None
+        inside = (
+            {}
+            if chain is None
+            else {name: layer for name, layer in alone.items() if name.startswith(f"{chain.name}.")}
+        )
+        outside = [name for name, group in groups.items() if name not in inside and not group.embeds]
+        # Before anything is compressed: these layers are fitted to the model as it was.
+        covariances = collect_covariances(model, batches, outside) if outside or not batches else {}
+        if chain is not None:
+            quantize_chain(chain, inside, config.propagation, compress)
+    return covariances
 
 
 def _groups(model: nn.Module, config: LoftQConfig) -> list[_SharedWeight]:
@@ -174,15 +171,14 @@ def _check(group: _SharedWeight) -> None:
                 f"{name} ({type(layer).__name__}) computes more than an {plain.__name__} does",
                 "exclude it, or for a tied weight leave `embedding_format` unset",
             )
-        try:
-            check_weight(layer.weight)
-        except QuantError as error:
-            raise QuantError(f"{name}: {error.problem}", error.remedy) from error
+        check_weight(layer.weight, f"{name}.weight")
 
 
-def _replace_(model: nn.Module, group: _SharedWeight, config: LoftQConfig) -> list[LayerReport]:
+def _replace_(
+    model: nn.Module, group: _SharedWeight, config: LoftQConfig, target: Tensor, covariance: Tensor | None
+) -> list[LayerReport]:
     weight = group.weight
-    quantized, lora_A, lora_B, errors = _compress(group, config)
+    quantized, lora_A, lora_B, errors = _compress(group, config, target, covariance)
     bytes_before = weight.nbytes
     bytes_after = quantized.nbytes + sum(factor.nbytes for factor in (lora_A, lora_B) if factor is not None)
     reports = []
@@ -191,7 +187,7 @@ def _replace_(model: nn.Module, group: _SharedWeight, config: LoftQConfig) -> li
         new = (
             QuantEmbedding(quantized, dtype=weight.dtype)
             if isinstance(layer, nn.Embedding)
-            else QuantLinear(quantized, bias, lora_A, lora_B, dtype=weight.dtype)
+            else QuantLinear(quantized, bias, lora_A, lora_B, config.scaling, weight.dtype)
         )
         replace_module_(model, layer, new)
         bias_bytes = 0 if bias is None else bias.nbytes
@@ -210,12 +206,30 @@ def _replace_(model: nn.Module, group: _SharedWeight, config: LoftQConfig) -> li
 
 
 def _compress(
-    group: _SharedWeight, config: LoftQConfig
+    group: _SharedWeight, config: LoftQConfig, target: Tensor, covariance: Tensor | None
 ) -> tuple[QuantizedTensor, nn.Parameter | None, nn.Parameter | None, tuple[float, ...]]:
-    weight = group.weight.detach()
+    """Return the packed weight, the adapters A and B or None, and the errors on the way."""
     if group.embeds and config.embedding_format is not None:
-        quantized = quantize(weight, config.embedding_format, config.embedding_block_size)
-        return quantized, None, None, (relative_error(weight.float(), quantized.dequantize()),)
-    result = loftq(weight, config.format, config.rank, config.iterations, config.block_size)
-    lora_A, lora_B = nn.Parameter(result.lora_A), nn.Parameter(result.lora_B)
+        quantized = quantize(target, config.embedding_format, config.embedding_block_size)
+        return quantized, None, None, (relative_error(target.float(), quantized.dequantize()),)
+    result = loftq(
+        target,
+        config.format_of(group.name),
+        config.rank,
+        config.iterations,
+        config.block_size,
+        covariance=covariance,
+        compensated=config.compensated if covariance is not None else False,
+        scale_storage=config.scale_storage,
+        seed=layer_seed(config.seed, group.name),
+        name=group.name,
+    )
+    # Divided, so that the product is right after the model has multiplied it by the scaling.
+    root = math.sqrt(config.scaling)
+    lora_A, lora_B = nn.Parameter(result.lora_A / root), nn.Parameter(result.lora_B / root)
     return result.quantized, lora_A, lora_B, tuple(result.errors)
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """Return a layer's own seed: it depends on the name alone, not on which layers came before."""
+    return zlib.crc32(f"{seed} {name}".encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,12 @@ from torch.nn import functional
 from quant.codebooks import Format, get_format
 from quant.errors import QuantError
 from quant.fit import covering_scales, fitted_scales
+from quant.kernels import dequantize_nf4, has_kernel
 from quant.packing import pack, packed_size, symbols, unpack
 from quant.scales import Scales, Storage, check_storage, store_scales
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 4096
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PART_NAMES = ("codes", "absmax", "absmax_absmax", "absmax_mean", "offset", "offset_absmax", "offset_mean")
 """All names that the parts of a quantized tensor can have."""
 
@@ -67,6 +69,8 @@ class QuantizedTensor:
         """Return the tensor that the codes stand for, computed in float32, in `dtype` (shape `shape`)."""
         count = math.prod(self.shape)
         format = get_format(self.format)
+        if dtype in KERNEL_DTYPES and has_kernel(self.codes, self.format, self.block_size):
+            return dequantize_nf4(self.codes, self.absmax, self.shape, self.block_size, dtype)
         table = format.symbol_values.to(self.codes.device)
         flat = table.index_select(0, symbols(self.codes, format.bits)).view(-1)[:count]
         _scale_(
@@ -102,6 +106,39 @@ class QuantizedTensor:
             format=self.format,
             block_size=self.block_size,
         )
+
+    def tiles(self, most: int) -> Iterator[tuple[int, int, QuantizedTensor]]:
+        """Cut a matrix into runs of whole rows and whole blocks, without dequantizing any.
+
+        Args:
+            most: Weights a tile at most, unless fewer are not to be had.
+
+        Yields:
+            First row, the row behind the last one, and the tile.
+        """
+        rows, width = self.shape
+        fewest = self.block_size // math.gcd(self.block_size, width)
+        step = max(1, most // (width * fewest)) * fewest
+        bits = get_format(self.format).bits
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            if stop - start == rows:
+                yield start, stop, self
+                return
+            first, last = start * width // self.block_size, block_count(stop * width, self.block_size)
+            blocks = torch.arange(first, last, device=self.codes.device)
+            yield (
+                start,
+                stop,
+                QuantizedTensor(
+                    codes=self.codes[start * width * bits // 8 : packed_size(stop * width, bits)],
+                    scales=self.scales.at(blocks),
+                    offsets=None if self.offsets is None else self.offsets.at(blocks),
+                    shape=(stop - start, width),
+                    format=self.format,
+                    block_size=self.block_size,
+                ),
+            )
 
     def unpacked_codes(self) -> Tensor:
         """Return the codes one a byte: uint8 of shape `shape`, each an index into the format's levels."""

@@ -14,6 +14,9 @@ from quant.blockwise import QuantizedTensor
 from quant.errors import QuantError
 from quant.packed import PackedWeight
 
+TILE = 1 << 22
+"""Weights that are dequantized at a time: 16 MB in float32."""
+
 
 class QuantLinear(PackedWeight):
     """``y = x Q^T + scaling (x A^T) B^T + bias`` with Q packed and frozen; gradients reach A, B and x.
@@ -120,11 +123,15 @@ class QuantLinear(PackedWeight):
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """``x Q^T + bias`` that dequantizes again in backward instead of keeping the dense weight alive."""
+    """``x Q^T + bias``, forward and backward, with a tile of the dense weight at a time and nothing kept of it."""
 
     @staticmethod
     def forward(input: Tensor, bias: Tensor | None, quantized: QuantizedTensor) -> Tensor:
-        return functional.linear(input, quantized.dequantize(input.dtype), bias)
+        parts = [
+            functional.linear(input, tile.dequantize(input.dtype), None if bias is None else bias[start:stop])
+            for start, stop, tile in quantized.tiles(TILE)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     @staticmethod
     def setup_context(
@@ -134,7 +141,11 @@ class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        to_input = gradient @ ctx.quantized.dequantize(gradient.dtype) if ctx.needs_input_grad[0] else None
+        to_input = None
+        if ctx.needs_input_grad[0]:
+            to_input = gradient.new_zeros(*gradient.shape[:-1], ctx.quantized.shape[1])
+            for start, stop, tile in ctx.quantized.tiles(TILE):
+                to_input += gradient[..., start:stop] @ tile.dequantize(gradient.dtype)
         to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return to_input, to_bias, None
 

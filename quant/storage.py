@@ -8,12 +8,11 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quant.blockwise import PART_NAMES, QuantizedTensor
@@ -82,6 +81,7 @@ def save_quantized(model: nn.Module, folder: Path | str) -> None:
     if not layers:
         raise QuantError(f"this {type(model).__name__} has no packed layer", "call loftq_model first")
     folder = Path(folder)
+    save_file = _safetensors().save_file
     folder.mkdir(parents=True, exist_ok=True)
     _replace_file(folder / TENSORS_FILE, lambda path: save_file(tensors, path))
     index = {
@@ -207,10 +207,18 @@ def _read(folder: Path) -> tuple[dict[str, StoredLayer], dict[str, Tensor]]:
         raise QuantError(f"{folder / INDEX_FILE} has the schema {schema!r}, not {SCHEMA!r}", REMEDY)
     if sha256 != _sha256(folder / TENSORS_FILE):
         raise QuantError(f"{folder / TENSORS_FILE} is not the file that {INDEX_FILE} describes", REMEDY)
+    load_file = _safetensors().load_file
     try:
         return layers, load_file(folder / TENSORS_FILE)
-    except SafetensorError as error:
+    except Exception as error:  # safetensors' own error class is not there to be named before it is installed
         raise QuantError(f"{folder / TENSORS_FILE} is damaged: {error!r}", REMEDY) from error
+
+
+def _safetensors() -> Any:
+    try:
+        return import_module("safetensors.torch")
+    except ImportError as error:
+        raise QuantError("packed layers are stored as safetensors", "pip install safetensors") from error
 
 
 def _sha256(path: Path) -> str:

@@ -28,7 +28,8 @@ from graphprune.report.group_files import write_groups
 from graphprune.shrink.config import fit_config
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
-from quant.apply import LoftQConfig, loftq_model
+from quant.apply import loftq_model
+from quant.config import LoftQConfig
 from quant.storage import save_quantized
 
 Stage = Callable[[Session], str]
@@ -145,7 +146,7 @@ def quantize_stage(session: Session) -> str:
     )
     torch.manual_seed(session.recipe.seed)
     with session.reporter.task("LoftQ") as tick:
-        layers = loftq_model(model, config, lambda name, done, total: tick(done, name, total))
+        _, layers = loftq_model(model, config, on_layer=lambda name, done, total: tick(done, name, total))
     model.eval()
     with replacing(session.path("quant")) as temporary:
         save_quantized(model, temporary)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import quant
 
-FOREIGN = ("graphprune", "transformers", "peft", "onnx", "onnxruntime", "networkx", "pydantic")
+FOREIGN = (
+    "graphprune", "transformers", "peft", "onnx", "onnxruntime", "networkx", "pydantic", "safetensors", "bitsandbytes"
+)  # fmt: skip
 
 
 def run(code: str, folder: Path) -> str:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from quant import QuantEmbedding, QuantError, QuantLinear, cache_dequantized, format_names, quantize
+from quant import (
+    QuantEmbedding,
+    QuantError,
+    QuantizedTensor,
+    QuantLinear,
+    cache_dequantized,
+    format_names,
+    linear,
+    quantize,
+)
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -55,6 +65,56 @@ def test_output_and_gradients_are_the_dense_layers(format: str, scaling: float, 
     assert layer.bias is not None
     assert layer.bias.grad is None
     assert layer.bias.requires_grad is False
+
+
+@pytest.mark.parametrize("format", ["nf4", "nf3", "uint2", "int8"])
+@pytest.mark.parametrize("storage", ["float32", "double"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "block"), [(64, 48, 16), (50, 40, 64), (7, 100, 64), (9, 16, 16)]
+)
+def test_tiles_are_the_rows_of_the_whole(
+    format: str, storage: str, rows: int, columns: int, block: int
+) -> None:
+    quantized = quantize(drawn(rows, columns), format, block, scale_storage=storage)
+    for most in (1, 300, 1000, 10**6):
+        tiles = list(quantized.tiles(most))
+        assert [start for start, *_ in tiles] == [0, *(stop for _, stop, _ in tiles[:-1])]
+        assert tiles[-1][1] == rows
+        dense = torch.cat([tile.dequantize() for *_, tile in tiles])
+        assert torch.equal(dense, quantized.dequantize())
+        smallest = block // math.gcd(block, columns)
+        assert all(stop - start <= max(smallest, most // columns) for start, stop, _ in tiles)
+
+
+@pytest.mark.parametrize("format", ["nf4", "uint3"])
+def test_a_layer_in_tiles_computes_what_a_whole_one_does(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for tile in (10**9, 500):
+        monkeypatch.setattr(linear, "TILE", tile)
+        layer, input = make(format), drawn(2, 3, 40).requires_grad_()
+        output = layer(input)
+        output.square().sum().backward()
+        results.append((output.detach(), input.grad, layer.lora_A.grad, layer.lora_B.grad))
+    for whole, tiled in zip(*results, strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=1e-5, atol=1e-4)
+
+
+def test_only_a_tile_is_dense_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "TILE", 400)
+    sizes: list[int] = []
+    whole = QuantizedTensor.dequantize
+
+    def spy(self: QuantizedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        sizes.append(math.prod(self.shape))
+        return whole(self, dtype)
+
+    monkeypatch.setattr(QuantizedTensor, "dequantize", spy)
+    layer = make()
+    layer(drawn(2, 40).requires_grad_()).sum().backward()
+    assert len(sizes) > 4
+    assert max(sizes) <= 400
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

@@ -1,0 +1,103 @@
+"""What LoftQ over a whole model is to do."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from quant.blockwise import check_block_size
+from quant.codebooks import get_format
+from quant.errors import QuantError
+from quant.scales import Storage, check_storage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoftQConfig:
+    """What `loftq_model` does.
+
+    Attributes:
+        format: Format of the linear layers: a name, or a number of bits for the best format of that many.
+        formats: Pairs of a regular expression and a format; a layer takes the first whose expression is found
+            in its qualified name, and `format` if none is.
+        block_size: Consecutive weights that share a scale: a power of two from 16 to 4096.
+        scale_storage: How scales are stored: "float32", "float16" or "double" (quantized too).
+        rank: Rank of the adapters.
+        alpha: LoRA's alpha: the adapters' product is multiplied by alpha / rank, and they are stored so that
+            this leaves it right. None multiplies by 1.
+        rslora: Multiply by alpha / sqrt(rank) instead.
+        iterations: Alternating steps of LoftQ; 0 is QLoRA.
+        compensated: Whether rounding makes up for its own errors; None for yes where there is calibration text.
+        propagation: With calibration text, the share of what earlier layers shifted a layer's inputs by that
+            its own weight takes back.
+        seed: Of the random parts; each layer draws from its own stream.
+        include: Regular expressions; a linear layer is taken if one is found in its qualified name.
+        exclude: Regular expressions; a layer, or a tied group with one such name, is left as it is.
+        embedding_format: Format of embeddings that share their weight with a linear layer, and of that layer;
+            None leaves both as they are.
+        embedding_block_size: Their block size.
+
+    Raises:
+        QuantError: A value is out of range, a format unknown, or an expression malformed.
+    """
+
+    format: str | int = "nf4"
+    formats: tuple[tuple[str, str | int], ...] = ()
+    block_size: int = 64
+    scale_storage: Storage = "float32"
+    rank: int = 16
+    alpha: float | None = None
+    rslora: bool = False
+    iterations: int = 5
+    compensated: bool | None = None
+    propagation: float = 0.5
+    seed: int = 0
+    include: tuple[str, ...] = (".*",)
+    exclude: tuple[str, ...] = ()
+    embedding_format: str | None = None
+    embedding_block_size: int = 32
+
+    def __post_init__(self) -> None:
+        for format in (self.format, self.embedding_format, *(format for _, format in self.formats)):
+            if format is not None:
+                get_format(format)
+        check_block_size(self.block_size)
+        check_block_size(self.embedding_block_size)
+        check_storage(self.scale_storage)
+        if self.rank < 1 or self.iterations < 0:
+            raise QuantError(
+                f"rank {self.rank} with {self.iterations} iterations is not possible",
+                "choose a rank of at least 1 and 0 iterations (QLoRA) or more",
+            )
+        if not 0 <= self.propagation <= 1 or (self.alpha is not None and not 0 < self.alpha < math.inf):
+            raise QuantError(
+                f"propagation {self.propagation} with alpha {self.alpha} is not possible",
+                "choose a propagation from 0 to 1, and an alpha above 0 or None",
+            )
+        for expression in (*self.include, *self.exclude, *(expression for expression, _ in self.formats)):
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise QuantError(
+                    f"{expression!r} is not a regular expression: {error}", "escape its special characters"
+                ) from error
+
+    @property
+    def scaling(self) -> float:
+        """What the adapters' product is multiplied by."""
+        if self.alpha is None:
+            return 1.0
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def format_of(self, name: str) -> str:
+        """Return the name of the format that the linear layer of this qualified name takes."""
+        chosen = (format for expression, format in self.formats if re.search(expression, name))
+        return get_format(next(chosen, self.format)).name
+
+    def includes(self, name: str) -> bool:
+        """Tell whether the linear layer of this qualified name is to be quantized."""
+        return any(re.search(expression, name) for expression in self.include) and not self.excludes(name)
+
+    def excludes(self, name: str) -> bool:
+        """Tell whether the layer of this qualified name is to be left as it is."""
+        return any(re.search(expression, name) for expression in self.exclude)

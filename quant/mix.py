@@ -1,0 +1,183 @@
+"""Mixed precision: which format each layer takes, by the paper's rule or from measured errors under a budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from quant.calibration import Batch, collect_covariances
+from quant.codebooks import get_format
+from quant.config import LoftQConfig
+from quant.covariance import InputNorm
+from quant.errors import QuantError
+from quant.loftq import loftq
+
+Formats = tuple[tuple[str, str | int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What one layer costs and loses in one format.
+
+    Attributes:
+        format: Name of the format.
+        nbytes: Codes, scales and adapters.
+        loss: Squared relative error after LoftQ, times the layer's share of the weights.
+    """
+
+    format: str
+    nbytes: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """The formats chosen, and what they were chosen by.
+
+    Attributes:
+        chosen: By layer.
+        nbytes: Bytes of all layers in the formats chosen.
+        loss: Sum of the losses chosen.
+    """
+
+    chosen: Mapping[str, Choice]
+    nbytes: int
+    loss: float
+
+    @property
+    def formats(self) -> Formats:
+        """What `LoftQConfig.formats` takes."""
+        return tuple((f"^{re.escape(name)}$", choice.format) for name, choice in self.chosen.items())
+
+
+def paper_mix(layers: Sequence[str], bits: float, high: str | int = "nf4", low: str | int = "nf2") -> Formats:
+    """Return LoftQ's mix of 4 and 2 bits: the first layers take the high format, the others the low one.
+
+    Args:
+        layers: Regular expressions of the model's blocks, in order, such as "layers[.]0[.]".
+        bits: Average wanted, between the bits of the two formats.
+        high: Format of the first ``layers * (bits - low) / (high - low)`` blocks.
+        low: Format of the others.
+
+    Source: LoftQ (arXiv 2310.08659), table 5.
+    """
+    most, least = get_format(high).bits, get_format(low).bits
+    if not least <= bits <= most or most == least:
+        raise QuantError(
+            f"an average of {bits} bits is not between {low} and {high}", f"choose from {least} to {most}"
+        )
+    count = int(len(layers) * (bits - least) / (most - least))
+    return tuple((layer, high if index < count else low) for index, layer in enumerate(layers))
+
+
+def mix_for_budget(
+    model: nn.Module,
+    config: LoftQConfig,
+    nbytes: int,
+    formats: Sequence[str | int] = ("uint2", "uint3", "nf4"),
+    batches: Iterable[Batch] | None = None,
+    on_layer: Callable[[str, int, int], None] | None = None,
+) -> Mix:
+    """Choose a format for each linear layer so that all fit into a number of bytes and lose the least.
+
+    Every layer is put through LoftQ in every format, and its squared relative error measured, that of its
+    outputs where there are calibration batches. The layers then take, one step at a time, the wider format that
+    saves the most error for its bytes: the best choice for the bytes it ends with, up to one layer.
+
+    Args:
+        model: Left as it is.
+        config: Rank, iterations, block size and which layers; its formats are ignored.
+        nbytes: Budget for codes, scales and adapters of these layers, in float32 adapters.
+        formats: What a layer may take.
+        batches: Calibration text as in `loftq_model`.
+        on_layer: Called after each layer with its name, how many are done, and how many there are.
+
+    Raises:
+        QuantError: No layer matches, or even the smallest formats do not fit.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and config.includes(name)
+    }
+    if not layers:
+        raise QuantError(f"no linear layer of this {type(model).__name__} is to be mixed", "widen `include`")
+    covariances = {} if batches is None else collect_covariances(model, batches, layers)
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    measured = {}
+    for done, (name, layer) in enumerate(layers.items(), start=1):
+        share = layer.weight.numel() / weights
+        choices = [
+            _measure(
+                name, layer.weight, share, replace(config, format=format, formats=()), covariances.get(name)
+            )
+            for format in formats
+        ]
+        measured[name] = _worth_having(choices)
+        if on_layer is not None:
+            on_layer(name, done, len(layers))
+    return _choose(measured, nbytes)
+
+
+def _measure(
+    name: str, weight: Tensor, share: float, config: LoftQConfig, covariance: Tensor | None
+) -> Choice:
+    result = loftq(
+        weight,
+        config.format_of(name),
+        config.rank,
+        config.iterations,
+        config.block_size,
+        covariance=None if covariance is None else InputNorm.of(covariance),
+        compensated=config.compensated if covariance is not None else False,
+        scale_storage=config.scale_storage,
+        name=name,
+    )
+    nbytes = result.quantized.nbytes + result.lora_A.nbytes + result.lora_B.nbytes
+    return Choice(format=result.quantized.format, nbytes=nbytes, loss=share * min(result.errors) ** 2)
+
+
+def _worth_having(choices: Iterable[Choice]) -> list[Choice]:
+    """Return the choices on the lower convex hull of loss over bytes, the smallest first."""
+    hull: list[Choice] = []
+    for choice in sorted(choices, key=lambda choice: (choice.nbytes, choice.loss)):
+        if hull and choice.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _saving(hull[-2], hull[-1]) <= _saving(hull[-2], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _saving(small: Choice, large: Choice) -> float:
+    """Return the loss saved for each byte more."""
+    return (small.loss - large.loss) / (large.nbytes - small.nbytes)
+
+
+def _choose(measured: Mapping[str, list[Choice]], nbytes: int) -> Mix:
+    chosen = {name: choices[0] for name, choices in measured.items()}
+    used = sum(choice.nbytes for choice in chosen.values())
+    if used > nbytes:
+        raise QuantError(
+            f"the smallest formats take {used} bytes, the budget is {nbytes}",
+            "raise the budget, lower the rank, or allow a smaller format",
+        )
+    steps = [
+        (_saving(small, large), name, large)
+        for name, choices in measured.items()
+        for small, large in pairwise(choices)
+    ]
+    for _, name, large in sorted(steps, key=lambda step: -step[0]):
+        more = large.nbytes - chosen[name].nbytes
+        # On a hull a layer's own steps come in order; one that does not fit ends that layer's climb.
+        if used + more <= nbytes and _is_next(measured[name], chosen[name], large):
+            chosen[name], used = large, used + more
+    return Mix(chosen=chosen, nbytes=used, loss=sum(choice.loss for choice in chosen.values()))
+
+
+def _is_next(choices: list[Choice], now: Choice, then: Choice) -> bool:
+    return choices.index(then) == choices.index(now) + 1

@@ -1,0 +1,107 @@
+"""Mixed precision: the paper's rule, and the best choice of formats under a budget against an exhaustive search."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise, product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from quant import LoftQConfig, QuantError, loftq, loftq_model, mix_for_budget, paper_mix
+from quant.mix import Choice, _choose, _worth_having
+
+
+@pytest.mark.parametrize(("bits", "four_bit_blocks"), [(3, 16), (2.5, 8), (2.25, 4), (2, 0), (4, 32)])
+def test_the_papers_mixes_of_a_7b_model(bits: float, four_bit_blocks: int) -> None:
+    formats = paper_mix([rf"layers\.{i}\." for i in range(32)], bits)
+    assert [format for _, format in formats] == ["nf4"] * four_bit_blocks + ["nf2"] * (32 - four_bit_blocks)
+    with pytest.raises(QuantError, match="5 bits"):
+        paper_mix(["a"], 5)
+
+
+def test_patterns_decide_and_the_first_wins() -> None:
+    config = LoftQConfig(format="nf4", formats=((r"down$", 2), (r"^blocks\.0", "uint3")))
+    names = ["blocks.0.down", "blocks.0.up", "blocks.1.up"]
+    assert [config.format_of(name) for name in names] == ["uint2", "uint3", "nf4"]
+    with pytest.raises(QuantError, match="nf9"):
+        LoftQConfig(formats=(("a", "nf9"),))
+    with pytest.raises(QuantError, match="regular expression"):
+        LoftQConfig(formats=(("(", "nf4"),))
+
+
+def tree() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 16))
+    with torch.no_grad():
+        model[1].weight.mul_(torch.randn(32, 64).exp())
+    return model
+
+
+def test_the_model_takes_the_mix_and_fits_the_budget() -> None:
+    config = LoftQConfig(rank=2, iterations=1, block_size=64)
+    smallest = mix_for_budget(tree(), config, 10**6, formats=["uint2"]).nbytes
+    largest = mix_for_budget(tree(), config, 10**6).nbytes
+    budget = (smallest + largest) // 2
+    mix = mix_for_budget(tree(), config, budget)
+    assert smallest < mix.nbytes <= budget < largest
+    assert len({choice.format for choice in mix.chosen.values()}) > 1
+    _, reports = loftq_model(tree(), LoftQConfig(rank=2, iterations=1, block_size=64, formats=mix.formats))
+    assert {r.name: r.format for r in reports} == {name: c.format for name, c in mix.chosen.items()}
+    biases = sum(layer.bias.nbytes for layer in tree())
+    assert sum(report.bytes_after for report in reports) == mix.nbytes + biases
+    for name, choice in mix.chosen.items():
+        weight = tree()[int(name)].weight
+        error = min(loftq(weight, choice.format, 2, 1, 64).errors)
+        share = weight.numel() / sum(layer.weight.numel() for layer in tree())
+        assert choice.loss == pytest.approx(share * error**2, rel=1e-4)
+
+
+def test_batches_make_it_the_error_of_the_outputs() -> None:
+    config, batch = LoftQConfig(rank=2, iterations=1, block_size=16), torch.randn(50, 32)
+    plain, calibrated = (mix_for_budget(tree(), config, 10**6, ["nf4"], b) for b in (None, [batch]))
+    assert plain.loss != pytest.approx(calibrated.loss)
+
+
+def test_a_budget_that_is_too_small_says_what_it_takes() -> None:
+    config = LoftQConfig(rank=2, iterations=1, block_size=16)
+    least = mix_for_budget(tree(), config, 10**6, formats=["uint2"]).nbytes
+    with pytest.raises(QuantError, match=re.escape(f"take {least} bytes, the budget is 100")):
+        mix_for_budget(tree(), config, 100)
+    with pytest.raises(QuantError, match="to be mixed"):
+        mix_for_budget(tree(), LoftQConfig(include=("absent",)), 100)
+
+
+@settings(max_examples=100)
+@given(
+    layers=st.lists(
+        st.lists(
+            st.tuples(st.integers(1, 60), st.floats(0.001, 1)),
+            min_size=1,
+            max_size=3,
+            unique_by=lambda c: c[0],
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    share=st.floats(0, 1),
+)
+def test_no_choice_of_as_many_bytes_loses_less(layers: list[list[tuple[int, float]]], share: float) -> None:
+    measured = {
+        str(i): _worth_having([Choice(format=str(n), nbytes=n, loss=loss) for n, loss in choices])
+        for i, choices in enumerate(layers)
+    }
+    least = sum(choices[0].nbytes for choices in measured.values())
+    most = sum(choices[-1].nbytes for choices in measured.values())
+    budget = int(least + share * (most - least))
+    mix = _choose(measured, budget)
+    assert mix.nbytes <= budget
+    best = min(
+        sum(loss for _, loss in choice) for choice in product(*layers) if sum(n for n, _ in choice) <= budget
+    )
+    # The greedy choice is optimal but for what does not fit any more: at most one layer's step.
+    steps = [a.loss - b.loss for choices in measured.values() for a, b in pairwise(choices)]
+    assert best - 1e-9 <= mix.loss <= best + max(steps, default=0.0) + 1e-9
