@@ -78,7 +78,7 @@ def test_a_file_is_certified_on_arrays_and_on_tensors(convert):
 
 def test_inputs_of_a_file_that_are_missing_or_unknown_are_named():
     groups = node_groups(trace_onnx(genai_decoder()))
-    with pytest.raises(InputsError, match="the file's inputs are ids, mask.*; not given: ids"):
+    with pytest.raises(InputsError, match=r"the file's inputs are ids, mask.*; not given: ids"):
         certify(None, groups)
     with pytest.raises(InputsError, match="none is 'input_ids'"):
         certify(None, groups, {**decoder_inputs(), "input_ids": np.zeros((1, 7))})

@@ -68,7 +68,7 @@ def test_a_later_plan_counts_the_units_that_are_left(llama):
     (name, *_) = llama.of_kind("ffn")
     first = Plan({name: range(40)})
     assert first.then(Plan({name: [7]}), llama.groups)[name][-1] == 47
-    with pytest.raises(ShrinkError, match="unit 8 of .*of which the earlier one leaves 8"):
+    with pytest.raises(ShrinkError, match=r"unit 8 of .*of which the earlier one leaves 8"):
         first.then(Plan({name: [8]}), llama.groups)
     with pytest.raises(ShrinkError, match="unit -1 of"):
         first.then(Plan({name: [-1, 3]}), llama.groups)
