@@ -5,7 +5,7 @@ Stands alone: it needs torch alone, safetensors to save and load, and nothing of
 
 from __future__ import annotations
 
-from quant import formats
+from quant import formats, ternary
 from quant.apply import LayerReport, loftq_model
 from quant.blockwise import QuantizedTensor, quantize
 from quant.calibration import collect_covariances
@@ -48,5 +48,6 @@ __all__ = [
     "quantize",
     "register_format",
     "save_quantized",
+    "ternary",
     "unpack",
 ]

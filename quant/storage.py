@@ -210,7 +210,7 @@ def _read(folder: Path) -> tuple[dict[str, StoredLayer], dict[str, Tensor]]:
     load_file = _safetensors().load_file
     try:
         return layers, load_file(folder / TENSORS_FILE)
-    except Exception as error:  # safetensors' own error class is not there to be named before it is installed
+    except import_module("safetensors").SafetensorError as error:
         raise QuantError(f"{folder / TENSORS_FILE} is damaged: {error!r}", REMEDY) from error
 
 

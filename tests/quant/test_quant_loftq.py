@@ -55,9 +55,12 @@ def test_each_iteration_is_the_papers(format: str, shape: tuple[int, int]) -> No
     assert result.errors[0] == pytest.approx(
         error_of(weight, quantize(weight, format).dequantize()), rel=1e-5
     )
-    # With four levels a rounding error flips a code far, and two runs part after some iterations.
-    tolerance = 3e-3 if format == "nf2" else 1e-3
-    np.testing.assert_allclose(result.errors[1:], reference_errors(weight, format, 8, 5), rtol=tolerance)
+    reference = reference_errors(weight, format, 8, 5)
+    np.testing.assert_allclose(result.errors[1:3], reference[:2], rtol=1e-3)
+    # Where a weight lies half way between two levels, the least difference flips its code: two runs part after
+    # some iterations, and either may end a little lower.
+    np.testing.assert_allclose(result.errors[1:], reference, rtol=3e-3)
+    assert min(result.errors) <= (1.003 if format == "nf2" else 1.001) * min(reference)
 
 
 @given(

@@ -1,0 +1,172 @@
+"""Perplexity of a quantized model before and after a short training of its adapters, for several initializations.
+
+    python examples/benchmarks/loftq_perplexity.py --output runs/loftq_perplexity.jsonl
+    python examples/benchmarks/loftq_perplexity.py --only "nf2" --steps 0
+
+All linear layers but the head are quantized, whole model, blocks of 64 unless said otherwise. Perplexity on the start
+of WikiText-2's test split (windows of 512 tokens); calibration and training on Wikipedia articles. Each finished row is
+appended to the output, and a second run goes on behind it. Hours on two cores; `--only` and `--seeds` cut it down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import quant
+from graphprune.recipe import Recover, Training
+from graphprune.recover.recovery import recover
+from graphprune.source.demo import demo_folder
+from graphprune.source.perplexity import perplexity, torch_logits
+from graphprune.source.text import Windows, cut_windows, read_text
+
+DATA = Path(__file__).parents[1] / "data"
+FIRST_THIRD = tuple((rf"layers\.{index}\.", "nf4") for index in range(10))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One initialization: a name and what differs from the defaults."""
+
+    name: str
+    settings: dict[str, Any]
+    calibrated: bool = False
+
+
+def cases() -> list[Case]:
+    """QLoRA and LoftQ at every precision, and the calibrated form at the low ones."""
+    found = []
+    formats: dict[str, dict[str, Any]] = {
+        "nf4": {"format": "nf4"},
+        "int4": {"format": "int4"},
+        "uint3": {"format": "uint3"},
+        "nf3": {"format": "nf3"},
+        "nf4 in 10 of 30 blocks, nf2": {"format": "nf2", "formats": FIRST_THIRD},
+        "nf2": {"format": "nf2"},
+        "uint2": {"format": "uint2"},
+    }
+    for name, format in formats.items():
+        found.append(Case(f"{name}: QLoRA", {**format, "iterations": 0}))
+        found.append(Case(f"{name}: LoftQ", {**format, "iterations": 5}))
+    double = {"iterations": 3, "scale_storage": "double"}
+    found.append(Case("nf4: calibrated", {"format": "nf4", **double}, calibrated=True))
+    found.append(Case("uint3: calibrated", {"format": "uint3", **double}, calibrated=True))
+    found.append(Case("uint2: calibrated", {"format": "uint2", **double}, calibrated=True))
+    small = {"format": "uint2", "block_size": 32, **double}
+    found.append(Case("uint2, blocks of 32: calibrated", small, calibrated=True))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The model, its texts, and how long it is trained."""
+
+    folder: Path
+    train: Windows
+    calibrate: Windows
+    evaluate: Windows
+    steps: int
+
+    @classmethod
+    def open(cls, folder: Path, steps: int, calibration_windows: int) -> Bench:
+        """Read and cut the texts."""
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+
+        def cut(file: str, window: int, limit: int | None) -> Windows:
+            return cut_windows(read_text(str(DATA / file)), tokenizer, window=window, limit=limit, name=file)
+
+        return cls(
+            folder=folder,
+            train=cut("wikipedia.jsonl", 256, None),
+            calibrate=cut("wikipedia.jsonl", 512, calibration_windows),
+            evaluate=cut("wikitext2.jsonl", 512, 16),
+            steps=steps,
+        )
+
+    def model(self) -> Any:
+        """Return the dense model anew."""
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    def perplexity(self, model: Any) -> float:
+        """Return the perplexity on the evaluation windows."""
+        return perplexity(torch_logits(model), self.evaluate)
+
+    def run(self, case: Case, seed: int) -> dict[str, Any]:
+        """Quantize, measure, train, measure."""
+        model, start = self.model(), time.process_time()
+        config = quant.LoftQConfig(rank=16, seed=seed, exclude=("lm_head",), **case.settings)
+        batches = self.calibrate.ids.split(4) if case.calibrated else None
+        quant.loftq_model(model, config, batches)
+        seconds = time.process_time() - start
+        packed = [module for module in model.modules() if isinstance(module, quant.QuantLinear)]
+        weights = sum(layer.in_features * layer.out_features for layer in packed)
+        adapters = sum(layer.rank * (layer.in_features + layer.out_features) for layer in packed)
+        codes = sum(layer.quantized.nbytes for layer in packed)
+        row = {
+            "case": case.name,
+            "seed": seed,
+            "bits a weight": round(8 * codes / weights, 3),
+            "of float16, adapters in float16": round((codes + 2 * adapters) / (2 * weights), 4),
+            "seconds to quantize": round(seconds),
+            "before": self.perplexity(model),
+        }
+        if self.steps:
+            training = Training(learning_rate=1e-3, batch_size=4, distill=1.0)
+            recover(model, self.model(), Recover(steps=self.steps, training=training), self.train, seed=seed)
+            row["after"] = self.perplexity(model)
+        return {**row, "steps": self.steps}
+
+
+def main() -> None:
+    """Run what is not in the output yet, and print all of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="transformers folder; the demo model without it")
+    parser.add_argument("--output", type=Path, default=Path("runs/loftq_perplexity.jsonl"))
+    parser.add_argument("--only", default="", help="part of a case's name")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=66)
+    parser.add_argument("--calibration-windows", type=int, default=64)
+    arguments = parser.parse_args()
+    bench = Bench.open(arguments.model or demo_folder(), arguments.steps, arguments.calibration_windows)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    rows = (
+        [json.loads(line) for line in arguments.output.read_text().splitlines()]
+        if arguments.output.exists()
+        else []
+    )
+    done = {(row["case"], row["seed"], row["steps"]) for row in rows}
+    if ("dense", 0, 0) not in done:
+        rows.append({"case": "dense", "seed": 0, "steps": 0, "before": bench.perplexity(bench.model())})
+        _append(arguments.output, rows[-1])
+    for case in cases():
+        for seed in arguments.seeds:
+            if arguments.only in case.name and (case.name, seed, arguments.steps) not in done:
+                rows.append(bench.run(case, seed))
+                _append(arguments.output, rows[-1])
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*columns, title=f"{bench.folder.name}, {bench.evaluate.tokens} tokens of WikiText-2")
+    for row in rows:
+        table.add_row(*(_shown(row.get(column, "")) for column in columns))
+    Console(width=150).print(table)
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) and value > 1 else str(value)
+
+
+if __name__ == "__main__":
+    main()
