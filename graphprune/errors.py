@@ -6,7 +6,7 @@ The command line prints the message alone and exits with the class's `exit_code`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 
 class GraphPruneError(Exception):
@@ -60,19 +60,35 @@ class CouplingError(GraphPruneError, RuntimeError):
 
 
 class NothingPrunableError(GraphPruneError, ValueError):
-    """No group may lose a unit; the message lists the reasons."""
+    """No group may lose a unit; the message lists each reason once, with how many groups it holds for."""
 
     exit_code = 3
 
     @classmethod
-    def because(cls, reasons: Sequence[str]) -> NothingPrunableError:
-        """Return the error that lists each of `reasons`, one for each group, once; at most eight of them."""
-        distinct = list(dict.fromkeys(reasons))
-        more = [f"and {len(distinct) - 8} more"] if len(distinct) > 8 else []
+    def because(cls, reasons: Iterable[tuple[str, str]]) -> NothingPrunableError:
+        """Return the error that lists each reason once, the most frequent first.
+
+        Args:
+            reasons: The name of each group, with why it may not lose units.
+        """
+        groups: dict[str, list[str]] = {}
+        for name, reason in reasons:
+            groups.setdefault(reason, []).append(name)
+        lines = [
+            f"{reason} ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})"
+            for reason, names in sorted(groups.items(), key=lambda item: -len(item[1]))
+        ]
+        count = sum(map(len, groups.values()))
         return cls(
-            "\n  - ".join((f"none of the {len(reasons)} node groups may lose units", *distinct[:8], *more)),
+            "\n  - ".join((f"none of the {count} node groups may lose units", *lines)),
             "an operator that has no rule yet can be given one: graphprune.rule",
         )
+
+
+class InputsError(GraphPruneError, ValueError):
+    """Example inputs do not fit the model that was traced."""
+
+    exit_code = 3
 
 
 class BudgetError(GraphPruneError, ValueError):

@@ -1,8 +1,9 @@
 """The certificate: a proof by the model itself that its node groups are right.
 
-Renumbering the units of a correct group changes nothing; removing units is the same as zeroing them. Both are
-checked on the traced graph in float64, on the model's own weights, all groups at once; when a check fails, group by
-group, to name the culprit.
+Renumbering the units of a correct group changes nothing; removing units is the same as zeroing what its members name.
+Both are checked on the traced graph in float64, on the model's own weights, all groups at once; when a check fails,
+group by group, to name the culprit. Members that only read a unit could be left out unnoticed so: that the members are
+all that a group reaches is checked too.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from graphprune.certify.membership import wrong_members
 from graphprune.certify.routing import forbid_choices
 from graphprune.coupling.groups import NodeGroup, NodeGroups
 from graphprune.coupling.selection import Indices
-from graphprune.errors import CouplingError, VerificationError
+from graphprune.errors import VerificationError
+from graphprune.shrink.fitting import check_groups, check_model
 from graphprune.shrink.program import Program, traced_inputs
 from graphprune.shrink.resize import resize
 from graphprune.shrink.weights import named_weights, select_weight, zero_weight
@@ -45,6 +48,7 @@ class Certificate:
         removed_effect: How far zeroing those units moved the outputs: a check that moved nothing proves nothing.
         tolerance: What an error may be.
         failures: Names of groups that fail on their own.
+        wrong_members: What groups' members lack, or name wrongly, in words.
     """
 
     groups: int
@@ -54,10 +58,13 @@ class Certificate:
     removed_effect: float
     tolerance: float
     failures: tuple[str, ...]
+    wrong_members: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether both errors are within the tolerance, and the removal that was checked did something."""
+        """Whether members and both errors are right, and the removal that was checked did something."""
+        if self.wrong_members:
+            return False
         within = self.permuted_max_error <= self.tolerance and self.removed_max_error <= self.tolerance
         return within and (self.removed_effect > 0 or self.pruned_groups == 0)
 
@@ -71,6 +78,11 @@ class Certificate:
             raise VerificationError(
                 "the units that were removed for the check had no effect on the outputs, so nothing is proven",
                 "certify with another seed, or with example inputs that reach those units",
+            )
+        if self.wrong_members:
+            raise VerificationError(
+                "the node groups' members are wrong:\n  - " + "\n  - ".join(self.wrong_members),
+                "take the groups as node_groups returns them; if these are, please report this model",
             )
         if not self.ok:
             raise VerificationError(
@@ -102,28 +114,32 @@ def certify(
         model: The model, with its weights: a torch module or an exported program. For groups of an ONNX graph it is
             the file itself that is checked, and the argument may be None.
         groups: Its node groups.
-        example_inputs: Keyword arguments of its forward, by default those of the trace; arrays by name for ONNX.
+        example_inputs: Keyword arguments of its forward, by default those of the trace. An ONNX graph needs them:
+            arrays or tensors by name.
         seed: Of the permutations, the removed units and the random numbers.
         tolerance: Largest error, relative to the largest output; by default 1e-9 in float64, and 1e-4 for an ONNX
             file, which runs in float32 and is checked by permutation alone.
 
     Raises:
-        CouplingError: If there is no group to check.
+        CouplingError: If these are no groups, or those of another model.
+        InputsError: If an input is missing.
+        NothingPrunableError: If no group can be permuted, so that there is nothing to check; lists the reasons.
     """
+    check_groups(groups)
+    movable = [group for group in groups.values() if group.permutable]
+    if not movable:
+        groups.prunable()  # there are none, which raises with the reasons
     if not isinstance(groups.graph.program, ExportedProgram):
         return _certify_onnx(groups, example_inputs or {}, seed, tolerance or ONNX_TOLERANCE)
+    check_model(model, groups)
     tolerance = tolerance or TOLERANCE
     example_inputs = example_inputs or traced_inputs(groups.graph.program)
     trial = _Trial(model, groups, example_inputs, np.random.default_rng(seed))
-    movable = [group for group in groups.values() if group.permutable]
     prunable = [group for group in groups.values() if group.prunable]
-    if not movable:
-        raise CouplingError(
-            "no group can be permuted, so nothing can be certified", "see the groups' reasons"
-        )
     permuted = trial.permuted_error(movable)
     removed, effect = trial.removed_error(prunable)
-    failures: list[str] = []
+    wrong = wrong_members(groups)
+    failures = list(wrong)
     if not permuted <= tolerance:
         failures += [group.name for group in movable if not trial.permuted_error([group]) <= tolerance]
     if not removed <= tolerance:
@@ -136,6 +152,7 @@ def certify(
         removed_effect=effect,
         tolerance=tolerance,
         failures=tuple(dict.fromkeys(failures)),
+        wrong_members=_told(wrong),
     )
 
 
@@ -144,7 +161,11 @@ def _certify_onnx(groups: NodeGroups, inputs: Mapping[str, Any], seed: int, tole
 
     movable = [group for group in groups.values() if group.permutable]
     error = permutation_error(groups, inputs, seed=seed)
-    failures = () if error <= tolerance else movable
+    suspects = () if error <= tolerance else movable
+    wrong = wrong_members(groups)
+    failing = [
+        g.name for g in suspects if not permutation_error(groups, inputs, only=g, seed=seed) <= tolerance
+    ]
     return Certificate(
         groups=len(movable),
         pruned_groups=0,
@@ -152,12 +173,13 @@ def _certify_onnx(groups: NodeGroups, inputs: Mapping[str, Any], seed: int, tole
         removed_max_error=0.0,
         removed_effect=0.0,
         tolerance=tolerance,
-        failures=tuple(
-            group.name
-            for group in failures
-            if not permutation_error(groups, inputs, only=group, seed=seed) <= tolerance
-        ),
+        failures=tuple(dict.fromkeys((*wrong, *failing))),
+        wrong_members=_told(wrong),
     )
+
+
+def _told(wrong: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(f"{name}: {fault}" for name, faults in wrong.items() for fault in faults)
 
 
 class _Trial:

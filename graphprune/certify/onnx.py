@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from graphprune.coupling.algebra import Axes
 from graphprune.coupling.groups import NodeGroup, NodeGroups
 from graphprune.coupling.selection import Indices, Selection
-from graphprune.errors import CouplingError
+from graphprune.errors import CouplingError, InputsError
 from graphprune.trace.onnx import named_nodes
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 def permutation_error(
-    groups: NodeGroups, inputs: Arrays, *, only: NodeGroup | None = None, seed: int = 0
+    groups: NodeGroups, inputs: Mapping[str, Any], *, only: NodeGroup | None = None, seed: int = 0
 ) -> float:
     """Return how far the outputs move when the units of all groups are renumbered at random.
 
@@ -33,7 +33,8 @@ def permutation_error(
 
     Args:
         groups: Node groups of an ONNX graph.
-        inputs: The model's inputs by name; caches may be of any length, at the sizes of the file otherwise.
+        inputs: The model's inputs by name, arrays or torch tensors; caches may be of any length, at the sizes of the
+            file otherwise.
         only: One group to renumber; by default all that can be.
         seed: Of the permutations and the random numbers.
 
@@ -42,12 +43,14 @@ def permutation_error(
 
     Raises:
         CouplingError: If no group can be permuted.
+        InputsError: If an input is missing, or there is none of that name.
     """
     generator = np.random.default_rng(seed)
     movable = [only] if only else [group for group in groups.values() if group.permutable]
     if not movable:
         raise CouplingError("no group can be permuted", "see the groups' reasons")
     model: ir.Model = groups.graph.program.clone()
+    inputs = _as_arrays(inputs, model)
     for name, value in groups.graph.weights.items():
         if value.role == "parameter" and name in model.graph.initializers:
             _probe(model.graph.initializers[name], generator)
@@ -62,6 +65,21 @@ def permutation_error(
     }
     found = _run(model, moved, outputs)
     return max(_distance(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def _as_arrays(inputs: Mapping[str, Any], model: ir.Model) -> Arrays:
+    wanted = [value.name for value in model.graph.inputs if value.name not in model.graph.initializers]
+    missing, unknown = [name for name in wanted if name not in inputs], inputs.keys() - set(wanted)
+    if missing or unknown:
+        raise InputsError(
+            f"the file's inputs are {', '.join(map(str, wanted))}; "
+            + (f"not given: {', '.join(map(str, missing))}" if missing else f"none is '{min(unknown)}'"),
+            "give each by its name: certify(None, groups, {'input_ids': array})",
+        )
+    return {
+        name: np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+        for name, value in inputs.items()
+    }
 
 
 def _permute(model: ir.Model, groups: NodeGroups, selection: Selection) -> None:

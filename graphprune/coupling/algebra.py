@@ -72,6 +72,7 @@ class Algebra:
         self._operator = ""
         self._dependence = graph.dependence
         self._readers = Counter(value.name for op in graph.operators for value in set(op.inputs))
+        self._readers.update(value.name for value in graph.outputs)
         for value in graph.inputs:
             if value.name in graph.state_names:
                 continue
@@ -87,7 +88,7 @@ class Algebra:
         self._first_new = len(self.solver.layouts)
         self._uses_parameters = self._reads_parameters(operator)
         if self._uses_parameters:
-            for value in operator.inputs:
+            for value in operator.sources:
                 if value.name not in self._local and self._may_be_copied(value):
                     self._copy(operator, value)
 
@@ -102,7 +103,7 @@ class Algebra:
         self._local = {}
         self._follow_names(operator, moves)
         from_inputs = not self._uses_parameters and any(
-            value.name in self._dependence.on_inputs for value in operator.inputs
+            value.name in self._dependence.on_inputs for value in operator.sources
         )
         for value, axes in zip(operator.outputs, outputs, strict=True):
             if value is None:
@@ -115,6 +116,10 @@ class Algebra:
     def is_activation(self, value: Value) -> bool:
         """Whether a value depends on the model's inputs: a weight, transposed or not, does not."""
         return value.name in self._dependence.on_inputs
+
+    def is_read(self, value: Value | None) -> bool:
+        """Whether an operator reads a value, or the model returns it."""
+        return value is not None and self._readers[value.name] > 0
 
     def __getitem__(self, value: Value) -> Axes:
         """Return the layouts of a value's axes, made on first sight."""
@@ -263,7 +268,7 @@ class Algebra:
 
     def _follow_names(self, operator: Operator, moves: bool) -> None:
         """Hand names on to what holds the same numbers; pin what is named where an operator minds the numbers."""
-        for position, value in enumerate(operator.inputs):
+        for position, value in enumerate(operator.sources):
             names = self._names.get(value.name)
             if names is None or value.name in self._understood or operator.is_factory:
                 continue
@@ -274,7 +279,7 @@ class Algebra:
                 self.pin(names.axis, f"{operator.target} computes with the numbers of its units")
 
     def _reads_parameters(self, operator: Operator) -> bool:
-        values = operator.outputs if operator.has_own_shape else operator.inputs
+        values = operator.outputs if operator.has_own_shape else operator.sources
         return any(value is not None and value.name in self._dependence.on_parameters for value in values)
 
     def _is_new(self, atom: Layout) -> bool:

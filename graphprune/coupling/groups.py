@@ -18,6 +18,7 @@ from graphprune.coupling.algebra import Algebra, Axes, Side
 from graphprune.coupling.analysis import analyze
 from graphprune.coupling.kinds import Kind, infer_kind
 from graphprune.coupling.layout import Layout, atoms_of, find
+from graphprune.coupling.low_rank import LinearPaths
 from graphprune.coupling.selection import Indices, Selection, select, unit_of_index
 from graphprune.errors import CouplingError, NothingPrunableError
 from graphprune.trace.graph import Operator, OperatorGraph
@@ -79,7 +80,15 @@ class NodeGroup:
         return unit_of_index(member.layout, self.atom)
 
     def indices(self, member: Member, unit: int) -> Indices:
-        """Return which indices of a member's axis a unit owns."""
+        """Return which indices of a member's axis a unit owns.
+
+        Raises:
+            CouplingError: If there is no such unit.
+        """
+        if not 0 <= unit < self.size:
+            raise CouplingError(
+                f"'{self.name}' has no unit {unit}", f"its units are numbered from 0 to {self.size - 1}"
+            )
         return np.flatnonzero(self.owner(member) == unit)
 
     @property
@@ -124,16 +133,33 @@ class NodeGroups(Mapping[str, NodeGroup]):
         """Return the groups that may lose units.
 
         Raises:
-            NothingPrunableError: If there are none; with the reasons.
+            NothingPrunableError: If there are none; lists each reason once, with the groups that it holds for.
         """
         found = tuple(group for group in self.values() if group.prunable)
         if not found:
-            raise NothingPrunableError.because([group.reason or "" for group in self.values()])
+            raise NothingPrunableError.because((name, group.reason or "") for name, group in self.items())
         return found
 
     def axes(self, value_name: str) -> Axes | None:
         """Return the layouts of a weight's or an activation's axes, or None if no operator touched it."""
         return self._algebra.known(value_name)
+
+    def layouts(self, weight: str, axis: int) -> Iterator[Layout]:
+        """Yield the layouts of an axis: the weight's own, and those of copies that operators read of a buffer's."""
+        axes = self.axes(weight)
+        if axes is None:
+            return
+        yield axes[axis]
+        if self.graph.weights[weight].role == "buffer":
+            yield from self._layouts_of_copies.get(find(axes[axis]).identity, ())
+
+    @cached_property
+    def _layouts_of_copies(self) -> dict[int, list[Layout]]:
+        found: dict[int, list[Layout]] = {}
+        for copy in self._algebra.copies.values():
+            for source, layout in copy.made.items():
+                found.setdefault(find(self._algebra.solver.layouts[source]).identity, []).append(layout)
+        return found
 
     def read(self, operator: str) -> dict[str, Axes]:
         """Return what an operator reads through a copy of its layout: axes by the value's name."""
@@ -242,7 +268,15 @@ def node_groups(graph: OperatorGraph) -> NodeGroups:
 
     Returns:
         A mapping from name to group, ordered as the parameters stand in the model and reproducible.
+
+    Raises:
+        CouplingError: If it is not an operator graph.
     """
+    if not isinstance(graph, OperatorGraph):
+        raise CouplingError(
+            f"node groups are read off an operator graph, not off a {type(graph).__name__}",
+            "trace the model first: node_groups(trace(model, example_inputs))",
+        )
     with _no_collection():
         return _found(graph, analyze(graph))
 
@@ -267,8 +301,9 @@ def _found(graph: OperatorGraph, algebra: Algebra) -> NodeGroups:
             counted = replace(member, indices_per_unit=count)
             found.setdefault(identity, {}).setdefault((member.parameter, member.axis), counted)
     names: Counter[str] = Counter()
+    paths = LinearPaths(graph, algebra)
     groups = tuple(
-        _group(atoms[identity], tuple(members.values()), names)
+        _group(atoms[identity], tuple(members.values()), names, paths)
         for identity, members in found.items()
         if any(member.role == "parameter" for member in members.values())
     )
@@ -325,10 +360,12 @@ def _count(layout: Layout, times: int, counts: dict[int, int], atoms: dict[int, 
         _count(part, times * inner, counts, atoms)
 
 
-def _group(atom: Layout, members: tuple[Member, ...], names: Counter[str]) -> NodeGroup:
+def _group(atom: Layout, members: tuple[Member, ...], names: Counter[str], paths: LinearPaths) -> NodeGroup:
     parameters = [member for member in members if member.role == "parameter"]
     sides = [member.side for member in parameters]
-    kind = infer_kind(atom.marks, sides, len({member.parameter for member in parameters}))
+    reached = tuple({member.parameter: None for member in parameters})
+    is_update = len(reached) == 2 and paths.lie_beside_another(reached)
+    kind = infer_kind(atom.marks, sides, is_update=is_update)
     reason = _reason(atom)
     freed = sum(
         int(np.prod(member.shape)) // member.shape[member.axis] * member.indices_per_unit
@@ -360,6 +397,8 @@ def _reason(atom: Layout) -> str | None:
         return "each of its indices is read for itself"
     if "softmax" in atom.marks and "routed" not in atom.marks:
         return "softmax over this axis: its other units would change"
+    if "ranked" in atom.marks and "routed" not in atom.marks:
+        return "a top-k over this axis is read for its values alone: others would take the place of one that is gone"
     if atom.minimum >= atom.size:
         return f"a top-k picks {atom.minimum} of its {atom.size} units"
     return None

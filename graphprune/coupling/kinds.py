@@ -20,13 +20,13 @@ Kind = Literal[
 ]
 
 
-def infer_kind(marks: Collection[str], sides: Collection[Side], weights: int) -> Kind:
+def infer_kind(marks: Collection[str], sides: Collection[Side], *, is_update: bool) -> Kind:
     """Infer the kind of a group.
 
     Args:
         marks: What operators do with its axes.
         sides: For its members that contractions touch, on which side.
-        weights: How many parameters it reaches.
+        is_update: Whether it reaches two parameters that lie, one after the other, beside a third one.
 
     Returns:
         The first kind that fits:
@@ -37,7 +37,7 @@ def infer_kind(marks: Collection[str], sides: Collection[Side], weights: int) ->
         - ``query_heads``: heads that share one key head; ``attention_heads``: key heads with all that hangs on them;
         - ``hidden``: an axis that a norm runs over;
         - ``ffn``: a width with a non-linearity in it;
-        - ``lora_rank``: the waist of two linear maps with nothing in between.
+        - ``lora_rank``: the waist of two linear maps with nothing in between, beside a weight that they update.
     """
     if "routed" in marks:
         return "expert"
@@ -51,6 +51,6 @@ def infer_kind(marks: Collection[str], sides: Collection[Side], weights: int) ->
         return "hidden"
     if "nonlinear" in marks and "window" not in marks and {"produces", "consumes"} <= set(sides):
         return "ffn"
-    if "nonlinear" not in marks and weights == 2 and set(sides) == {"produces", "consumes"}:
+    if "nonlinear" not in marks and is_update and set(sides) == {"produces", "consumes"}:
         return "lora_rank"
     return "other"

@@ -45,8 +45,9 @@ def block_what_does_not_vanish(graph: OperatorGraph, algebra: Algebra) -> None:
         known = frozenset().union(*(zeros.along(value) for value, _ in operands))
         for atom in atoms_of(operands[0][1]):
             if atom.size > 1 and atom.identity not in known:
+                why = "".join(dict.fromkeys(zeros.lost(value, atom) for value, _ in operands))
                 algebra.block(
-                    atom, f"{targets[name]} sums over units that are not zero when their weights are"
+                    atom, f"{targets[name]} sums over units that are not zero when their weights are{why}"
                 )
 
 
@@ -63,6 +64,9 @@ class _Zeros:
         self._algebra = algebra
         self._watched = watched
         self._held: dict[int, Atoms] = {}
+        self._producers = {
+            output.name: operator for operator in graph.operators for output in operator.outputs if output
+        }
         self._zero: dict[str, Atoms] = {
             name: self._spanned(value) for name, value in graph.weights.items() if value.role == "parameter"
         }
@@ -75,11 +79,22 @@ class _Zeros:
         """Return the watched atoms along which a value is zero."""
         return self._zero.get(value.name, _NONE)
 
+    def lost(self, value: Value, atom: Layout) -> str:
+        """Return, for the reason, which operator made `value` of what is zero along `atom`, and is so no more."""
+        operator = self._producers.get(value.name)
+        while operator is not None:
+            spanning = [source for source in operator.sources if atom.identity in self._spanned(source)]
+            if any(atom.identity in self.along(source) for source in spanning):
+                return f"; by its rule, {operator.target} need not leave zero as zero"
+            before = (self._producers.get(source.name) for source in spanning)
+            operator = next((found for found in before if found is not None), None)
+        return ""
+
     def _of_result(self, operator: Operator, output: Value) -> Atoms:
         how, spanned = vanishing_of(operator.target), self._spanned(output)
         if how == "zero" or not spanned:
             return spanned
-        operands = [value for value in operator.inputs if value.dtype != "bool"]
+        operands = [value for value in operator.sources if value.dtype != "bool"]
         if how == "never" or not operands or _is_not_zero_at_zero(operator):
             return _NONE
         if how == "any":

@@ -41,7 +41,7 @@ class Inspection:
         """
         groups = self.document["groups"]
         if not any(row["prunable"] for row in groups):
-            raise NothingPrunableError.because([row["reason"] for row in groups])
+            raise NothingPrunableError.because((row["name"], row["reason"]) for row in groups)
 
 
 def inspect(reference: str, folder: Path, *, certified: bool = False) -> Inspection:

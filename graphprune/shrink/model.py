@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -14,6 +14,7 @@ from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import ShrinkError, ShrinkWarning
 from graphprune.shrink.attributes import set_attributes
 from graphprune.shrink.config import describe
+from graphprune.shrink.fitting import fitting_plan
 from graphprune.shrink.follow import attributes_to_set
 from graphprune.shrink.module import cut_module
 from graphprune.shrink.plan import Plan
@@ -26,7 +27,7 @@ Form = Literal["auto", "module", "graph"]
 def shrink(
     model: nn.Module | ExportedProgram,
     groups: NodeGroups,
-    plan: Plan,
+    plan: Plan | Mapping[str, Sequence[int]],
     example_inputs: Any = None,
     *,
     form: Form = "auto",
@@ -36,7 +37,7 @@ def shrink(
     Args:
         model: The model that `groups` were read off; it is not changed.
         groups: Its node groups.
-        plan: Which units to remove.
+        plan: Which units to remove: a plan, or numbers of units by group name.
         example_inputs: Keyword arguments of its forward to check the result on; by default those of the trace.
         form: ``module`` for a copy of the module, ``graph`` for the traced graph as a GraphModule; ``auto`` takes
             the module where it computes the same as the graph, and else warns why it does not.
@@ -45,9 +46,11 @@ def shrink(
         The smaller model: tied parameters stay tied, dtypes, devices and gradient flags stay as they were.
 
     Raises:
-        ShrinkError: If the plan does not fit, or a module was asked for and its own code does not follow.
+        CouplingError: If the groups are of another model.
+        ShrinkError: If the plan does not fit, the groups are those of an ONNX file, or a module was asked for and its
+            own code does not follow.
     """
-    plan.check(groups)
+    plan = fitting_plan(plan, model, groups)
     kept = plan.kept(groups)
     if form == "graph" or isinstance(model, ExportedProgram):
         return shrink_graph(model, groups, kept)

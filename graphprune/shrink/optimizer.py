@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,17 @@ from torch import Tensor, nn
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import ShrinkError
+from graphprune.shrink.fitting import fitting_plan
 from graphprune.shrink.plan import Plan
 from graphprune.shrink.weights import select_weight
 
 
 def shrink_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, groups: NodeGroups, plan: Plan
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    small: nn.Module,
+    groups: NodeGroups,
+    plan: Plan | Mapping[str, Sequence[int]],
 ) -> torch.optim.Optimizer:
     """Return an optimizer for the smaller model, its state (moments, for one) cut along.
 
@@ -28,9 +34,10 @@ def shrink_optimizer(
         plan: Which units were removed.
 
     Raises:
-        ShrinkError: If the optimizer holds a parameter that neither model has.
+        CouplingError: If the groups are of another model.
+        ShrinkError: If the plan does not fit, or the optimizer holds a parameter that neither model has.
     """
-    kept = plan.kept(groups)
+    kept = fitting_plan(plan, model, groups).kept(groups)
     names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
     smaller = dict(small.named_parameters(remove_duplicate=False))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from graphprune.coupling.groups import NodeGroups
+from graphprune.coupling.groups import NodeGroup, NodeGroups
 from graphprune.coupling.selection import Indices
 from graphprune.errors import RecipeError, ShrinkError
 from graphprune.files import write_json
@@ -22,15 +23,18 @@ class Plan(Mapping[str, tuple[int, ...]]):
     """Units to remove, by group name; sorted, without repetition, groups that lose nothing left out.
 
     Args:
-        removed: Units to remove, by group name.
+        removed: Numbers of the units to remove, by group name.
         whole: Whether a group may lose all its units: what it computes is then gone, biases behind it stay.
+
+    Raises:
+        ShrinkError: If a unit is not a whole number.
     """
 
     removed: Mapping[str, Sequence[int]]
     whole: bool = False
 
     def __post_init__(self) -> None:
-        cleaned = {name: tuple(sorted({int(unit) for unit in units})) for name, units in self.removed.items()}
+        cleaned = {name: _numbers(name, units) for name, units in self.removed.items()}
         object.__setattr__(
             self, "removed", {name: cleaned[name] for name in sorted(cleaned) if cleaned[name]}
         )
@@ -63,6 +67,7 @@ class Plan(Mapping[str, tuple[int, ...]]):
                     "make the plan for this very model",
                 )
             if self.whole and group.minimum == 1:
+                self._check_whole(group)
                 continue
             if group.size - len(units) < group.minimum:
                 raise ShrinkError(
@@ -72,36 +77,69 @@ class Plan(Mapping[str, tuple[int, ...]]):
                     else f"a top-k picks {group.minimum} of them",
                 )
 
+    def _check_whole(self, group: NodeGroup) -> None:
+        if len(self[group.name]) == group.size and "normalised" in group.atom.marks:
+            raise ShrinkError(
+                f"the plan removes all units of '{group.name}', which a norm or a mean runs over: nothing is left "
+                "to divide by",
+                "keep at least one",
+            )
+
     def kept(self, groups: NodeGroups) -> dict[str, Indices]:
         """Return the units that stay, in order, of every group that loses some."""
         return {name: np.setdiff1d(np.arange(groups[name].size), units) for name, units in self.items()}
 
     def then(self, later: Plan, groups: NodeGroups) -> Plan:
-        """Compose: this plan, followed by `later`, which counts units of the already smaller model."""
+        """Compose: this plan, followed by `later`, which counts units of the already smaller model.
+
+        Raises:
+            ShrinkError: If `later` removes a unit that this plan leaves no place for.
+        """
         removed = {name: set(units) for name, units in self.items()}
         for name, units in later.items():
             survivors = np.setdiff1d(np.arange(groups[name].size), list(removed.get(name, ())))
+            if units[0] < 0 or units[-1] >= len(survivors):
+                raise ShrinkError(
+                    f"the later plan removes unit {units[-1] if units[0] >= 0 else units[0]} of '{name}', "
+                    f"of which the earlier one leaves {len(survivors)}",
+                    "number the units of the model that the earlier plan makes",
+                )
             removed.setdefault(name, set()).update(int(survivors[unit]) for unit in units)
         return Plan({name: sorted(units) for name, units in removed.items()}, self.whole or later.whole)
 
-    def save(self, path: Path, **extra: object) -> None:
+    def save(self, path: str | Path, **extra: object) -> None:
         """Write the plan as JSON; `extra` keys stand beside it."""
         removed = {name: list(units) for name, units in self.items()}
-        write_json(path, {"schema": SCHEMA, "removed": removed, "whole": self.whole, **extra})
+        write_json(Path(path), {"schema": SCHEMA, "removed": removed, "whole": self.whole, **extra})
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: str | Path) -> Plan:
         """Read a plan that `save` wrote.
 
         Raises:
             RecipeError: If the file is not such a plan.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {content['schema']}")
             return cls(content["removed"], bool(content.get("whole", False)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ShrinkError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = error.problem if isinstance(error, ShrinkError) else error
             raise RecipeError(
-                f"{path} is not a plan: {error}", f"give a JSON file with schema {SCHEMA} and units by group"
+                f"{path} is not a plan: {problem}",
+                f"give a JSON file with schema {SCHEMA} and units by group",
             ) from error
+
+
+def _numbers(name: str, units: Iterable[object]) -> tuple[int, ...]:
+    """Return units as sorted numbers; truth values, as of a mask, are none."""
+    try:
+        found = list(units)
+        if any(isinstance(unit, bool) or str(getattr(unit, "dtype", "")).endswith("bool") for unit in found):
+            raise TypeError("truth values are not numbers of units")
+        return tuple(sorted({operator.index(unit) for unit in found}))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ShrinkError(
+            f"the plan for '{name}' is {units!r}: {error}", "give the numbers of the units to remove: [0, 3]"
+        ) from error

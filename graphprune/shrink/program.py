@@ -12,6 +12,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_flatten
 
+from graphprune.errors import InputsError
+from graphprune.shrink.resizers import argument, set_argument
 from graphprune.trace.fx import GUARDS
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER)
@@ -46,6 +48,7 @@ class Program:
         twin.module = copy.deepcopy(self.module)
         for part in graph_modules(twin.module):
             for node in part.graph.nodes:
+                _write_epsilon(node)
                 node.args = fx.node.map_aggregate(node.args, widen)
                 node.kwargs = fx.node.map_aggregate(node.kwargs, widen)
             part.recompile()
@@ -53,7 +56,17 @@ class Program:
         return twin
 
     def __call__(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """Run on `weights` by qualified name and on the example inputs' keywords; return the tensor outputs."""
+        """Run on `weights` by qualified name and on the example inputs' keywords; return the tensor outputs.
+
+        Raises:
+            InputsError: If an input that was traced is missing.
+        """
+        missing = [name for name in self._keywords if name not in inputs]
+        if missing:
+            raise InputsError(
+                f"the model was traced with {', '.join(self._keywords)}; not given: {', '.join(missing)}",
+                f"give them by name; these were: {', '.join(inputs) or 'none'}",
+            )
         given = iter(tree_flatten(((), {name: inputs[name] for name in self._keywords or inputs}))[0])
         arguments = []
         for spec in self._specs:
@@ -93,6 +106,12 @@ def widen(argument: Any) -> Any:
     if not isinstance(argument, torch.dtype):
         return argument
     return torch.float64 if argument in (torch.float32, torch.float16, torch.bfloat16) else argument
+
+
+def _write_epsilon(node: fx.Node) -> None:
+    """Write down what a norm's eps defaults to, before the type that it follows is another."""
+    if str(node.target) == "aten.rms_norm.default" and argument(node, "eps") is None:
+        set_argument(node, "eps", torch.finfo(node.args[0].meta["val"].dtype).eps)  # type: ignore[union-attr]
 
 
 def double(item: Any) -> Any:

@@ -249,6 +249,15 @@ def convolution(sizes: Sizes, node: fx.Node) -> None:
     set_argument(node, "groups", sizes.size(channels) // sizes.size(of_group))
 
 
+@resizer("aten.channel_shuffle")
+def channel_shuffle(sizes: Sizes, node: fx.Node) -> None:
+    """Shuffle the groups that are left."""
+    axes, groups = sizes.axes(node.args[0], reader=node), argument(node, "groups")
+    if axes and sizes.touches(axes[1]):
+        left = np.unique(sizes.kept(axes[1]) // (axes[1].size // groups))
+        set_argument(node, "groups", len(left))
+
+
 @resizer("aten.histc")
 def histogram(sizes: Sizes, node: fx.Node) -> None:
     """Count the units that are left."""

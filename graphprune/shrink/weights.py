@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -41,7 +42,7 @@ def select_weight(name: str, tensor: Tensor, groups: NodeGroups, kept: Mapping[s
 def zero_weight(
     name: str, tensor: Tensor, groups: NodeGroups, kept: Mapping[str, Indices], *, almost: float = 0.0
 ) -> Tensor:
-    """Return a weight in which everything that belongs to a removed unit is zero.
+    """Return a weight in which everything that belongs to a removed unit is zero, as the groups' members name it.
 
     Args:
         name: Qualified name, tied ones included.
@@ -50,10 +51,8 @@ def zero_weight(
         kept: Units that stay, by group name.
         almost: What to multiply with instead of zero, where a quotient of two zeros would be no number.
     """
-    for axis, indices in _changed_axes(name, groups, kept).items():
-        gone = torch.ones(tensor.shape[axis], dtype=torch.bool)
-        gone[torch.as_tensor(indices)] = False
-        places = torch.nonzero(gone).flatten().to(tensor.device)
+    for axis, gone in _removed_indices(name, groups, kept).items():
+        places = torch.as_tensor(gone, device=tensor.device)
         rest = tensor.index_select(axis, places) * almost
         tensor = tensor.index_copy(axis, places, rest.to(tensor.dtype))
     return tensor
@@ -76,6 +75,19 @@ def agreed_selections(groups: NodeGroups, kept: Mapping[str, Indices]) -> dict[t
         if len(first) < groups.graph.weights[place[0]].shape[place[1]]
         and all(len(first) == len(other) and bool((first == other).all()) for other in rest)
     }
+
+
+def _removed_indices(name: str, groups: NodeGroups, kept: Mapping[str, Indices]) -> dict[int, Indices]:
+    """Return the indices that removed units own of each axis of a weight."""
+    canonical, gone = groups.graph.tied.get(name, name), dict[int, Indices]()
+    for group_name, units in kept.items():
+        group = groups[group_name]
+        for member in group.members:
+            if member.parameter == canonical and member.side != "selected":
+                owner = group.owner(member)
+                owned = np.flatnonzero((owner >= 0) & ~np.isin(owner, units))
+                gone[member.axis] = np.union1d(gone.get(member.axis, owned), owned)
+    return gone
 
 
 def _changed_axes(name: str, groups: NodeGroups, kept: Mapping[str, Indices]) -> dict[int, Indices]:

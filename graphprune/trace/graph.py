@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 # They take nothing but sizes and types from their operands, not numbers.
 _FACTORY = re.compile(r"\.(zeros|ones|full|empty|arange|eye|new_\w+|\w+_like)\.")
 _IN_PLACE = re.compile(r"\.\w*[a-z0-9]_\.")
+# They take nothing but the type of this operand.
+_TYPE_GIVERS = {"aten.type_as.default": "other", "aten.to.other": "other", "onnx.CastLike": "target_type"}
 
 Role = Literal["input", "parameter", "buffer", "constant", "intermediate"]
 
@@ -76,6 +78,15 @@ class Operator:
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name)
+
+    @property
+    def sources(self) -> tuple[Value, ...]:
+        """The inputs of which more than the type matters: all but the one that ``type_as`` is told the type by."""
+        giver = _TYPE_GIVERS.get(self.target)
+        if giver is None:
+            return self.inputs
+        kept = (argument for name, argument in self.arguments.items() if name != giver)
+        return tuple(value for argument in kept for value in _values_in(argument))
 
     @property
     def is_factory(self) -> bool:
@@ -174,7 +185,7 @@ def _reached(operators: Sequence[Operator], sources: set[str]) -> set[str]:
     reached, written = set(sources), set[str]()
     while True:
         for operator in flowing:
-            if any(value.name in reached for value in operator.inputs):
+            if any(value.name in reached for value in operator.sources):
                 reached.update(value.name for value in operator.outputs if value is not None)
                 if operator.in_place:
                     written.update(_aliased(operator, producers))

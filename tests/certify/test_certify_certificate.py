@@ -14,7 +14,7 @@ from torch import nn
 from graphprune.certify.certificate import certify
 from graphprune.coupling import analysis
 from graphprune.coupling.groups import node_groups
-from graphprune.errors import CouplingError, VerificationError
+from graphprune.errors import CouplingError, InputsError, NothingPrunableError, VerificationError
 from graphprune.shrink import resizers
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
@@ -47,6 +47,16 @@ def test_a_number_that_proves_nothing_is_no_proof(llama, wrong):
 @pytest.mark.parametrize("seed", range(3))
 def test_any_random_choice_of_units_is_certified(llama, seed):
     assert certify(llama.model, llama.groups, llama.inputs, seed=seed).ok
+
+
+def test_a_norm_without_an_epsilon_has_that_of_its_own_type():
+    """In float32 it is half a billion times that of float64, in which the check runs."""
+    torch.manual_seed(0)
+    model, inputs = (
+        nn.Sequential(nn.Linear(3, 8), nn.RMSNorm(8), nn.Linear(8, 2)),
+        {"input": torch.randn(7, 3)},
+    )
+    assert certify(model, node_groups(trace(model, inputs)), inputs).ok
 
 
 def test_the_model_is_not_changed(llama):
@@ -150,11 +160,38 @@ def test_a_program_exported_with_positions_is_certified_on_its_own_inputs():
     assert certify(model, node_groups(trace(program))).ok
 
 
-def test_nothing_to_permute_is_an_error():
-    model = nn.Linear(3, 2)
-    inputs = {"input": torch.zeros(4, 3)}
-    with pytest.raises(CouplingError, match="no group can be permuted"):
-        certify(model, node_groups(trace(model, inputs)), inputs)
+def test_nothing_to_permute_is_an_error_that_lists_each_reason_once():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Softmax(-1), nn.LSTM(2, 4, batch_first=True))
+    inputs = {"input": torch.zeros(4, 5, 3)}
+    groups = node_groups(trace(model, inputs, dynamic=False))
+    reasons = {group.reason for group in groups.values()}
+    assert 1 < len(reasons) < len(groups)
+    for ask in (lambda: certify(model, groups, inputs), groups.prunable):
+        with pytest.raises(NothingPrunableError, match=f"none of the {len(groups)} node groups") as caught:
+            ask()
+        lines = caught.value.problem.split("\n  - ")[1:]
+        assert sorted(line.rsplit(" (", 1)[0] for line in lines) == sorted(reasons)
+        assert " more)" in lines[0]
+        assert all(any(f"({name}" in line for name in groups) for line in lines)
+
+
+@pytest.mark.parametrize("inputs", [{"x": torch.zeros(2, 7, dtype=torch.long)}, {"attention_mask": None}])
+def test_a_missing_input_is_named(llama, inputs):
+    with pytest.raises(InputsError, match=f"not given: input_ids, use_cache\n.*these were: {min(inputs)}"):
+        certify(llama.model, llama.groups, inputs)
+
+
+def test_groups_of_another_model_are_refused(llama, build_llama):
+    wider = nn.ModuleDict({"model": build_llama(attention_bias=True).model})
+    with pytest.raises(CouplingError, match=r"of another model: they know 'lm_head|embed_tokens"):
+        certify(nn.Linear(3, 2), llama.groups, llama.inputs)
+    del wider["model"].layers[1]
+    with pytest.raises(CouplingError, match=r"'model\.layers\.1\..*' .* not at all"):
+        certify(wider, llama.groups, llama.inputs)
+    with pytest.raises(CouplingError, match="a dict is not the node groups"):
+        certify(llama.model, dict(llama.groups), llama.inputs)
+    with pytest.raises(CouplingError, match="a str is not the model"):
+        certify("model", llama.groups, llama.inputs)
 
 
 class Generated(nn.Module):

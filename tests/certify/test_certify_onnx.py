@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from onnx_models import GraphBuilder, genai_decoder
 
+from graphprune.certify.certificate import certify
 from graphprune.certify.onnx import permutation_error
 from graphprune.coupling import analysis
 from graphprune.coupling.groups import node_groups
-from graphprune.errors import CouplingError
+from graphprune.errors import CouplingError, InputsError, ShrinkError
+from graphprune.shrink.model import shrink
+from graphprune.shrink.plan import Plan
 from graphprune.trace.onnx import trace_onnx
 
 
@@ -62,3 +66,27 @@ def test_one_group_alone_and_none_at_all():
     model = build.model({"x": ("FLOAT", (2, 6))}, [build.node("MatMul", "x", build.weight("w", 6, 6))])
     with pytest.raises(CouplingError, match="no group"):
         permutation_error(node_groups(trace_onnx(model)), {"x": np.ones((2, 6), np.float32)})
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy])
+def test_a_file_is_certified_on_arrays_and_on_tensors(convert):
+    groups = node_groups(trace_onnx(genai_decoder()))
+    certificate = certify(None, groups, {name: convert(array) for name, array in decoder_inputs().items()})
+    assert certificate.ok
+    assert certificate.wrong_members == ()
+
+
+def test_inputs_of_a_file_that_are_missing_or_unknown_are_named():
+    groups = node_groups(trace_onnx(genai_decoder()))
+    with pytest.raises(InputsError, match=r"the file's inputs are ids, mask.*; not given: ids"):
+        certify(None, groups)
+    with pytest.raises(InputsError, match="none is 'input_ids'"):
+        certify(None, groups, {**decoder_inputs(), "input_ids": np.zeros((1, 7))})
+
+
+def test_a_file_cannot_be_cut_yet():
+    model = genai_decoder()
+    groups = node_groups(trace_onnx(model))
+    (name, *_) = [group.name for group in groups.prunable()]
+    with pytest.raises(ShrinkError, match=r"an ONNX file, which cannot be cut yet\n.*trace the torch model"):
+        shrink(model, groups, Plan({name: [0]}))

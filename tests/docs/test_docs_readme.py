@@ -49,12 +49,30 @@ def test_the_rule_that_the_readme_shows_registers(rules):
 
 
 class Scaled(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.up, self.down, self.scale = nn.Linear(4, 9), nn.Linear(9, 3), nn.Parameter(torch.rand(9) + 0.5)
+        self.norm = norm or nn.Identity()
 
     def forward(self, x):
-        return self.down(torch.ops.mylib.scale_rows(self.up(x), self.scale))
+        return self.down(self.norm(torch.ops.mylib.scale_rows(self.up(x), self.scale)))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_rule_that_the_readme_shows_lets_a_norm_lose_units(rules, told):
+    """Without `vanishes`, the reason names the operator whose rule does not say it."""
+    (engine,) = snippets(ROOT / "graphprune" / "coupling" / "README.md")
+    exec(engine.split("@gp.rule")[0], {})
+    code = next(code for code in snippets(ROOT / "README.md") if "@gp.rule" in code)
+    exec("import graphprune as gp\n" + (code if told else code.replace(', vanishes="any"', "")), {})
+    model, inputs = Scaled(nn.RMSNorm(9)).double(), {"x": torch.randn(5, 4).double()}
+    groups = gp.node_groups(gp.trace(model, inputs))
+    width = next(group for group in groups.values() if group.size == 9)
+    assert width.prunable is told
+    if told:
+        gp.certify(model, groups, inputs).raise_if_failed()
+    else:
+        assert width.reason.endswith("by its rule, mylib.scale_rows.default need not leave zero as zero")
 
 
 def test_an_operator_of_ones_own_gets_a_rule_by_the_engines_readme(rules):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from graphprune.coupling.algebra import Algebra, Axes
 from graphprune.coupling.rules.registry import rule
 from graphprune.trace.graph import Operator
@@ -42,6 +44,29 @@ def pad(operator: Operator, algebra: Algebra) -> Axes:
             ends = [algebra.ordered(size, operator.target) for size in (before, after)]
             axes[-distance] = algebra.concat([ends[0], axis, ends[1]])
     return axes
+
+
+@rule("aten.im2col", vanishes="first")
+def windows(operator: Operator, algebra: Algebra) -> Axes:
+    """Lay the windows over an image side by side: channels become channels × positions in a window."""
+    (output,) = operator.outputs
+    *batch, channels, tall, wide = algebra[operator["self"]]
+    for axis in (tall, wide):
+        algebra.pin(axis, f"positions that {operator.target} slides over")
+    inside = algebra.ordered(math.prod(operator["kernel_size"]), operator.target)
+    count = output.shape[-1] if output else 0
+    return [*batch, algebra.solver.product([channels, inside]), algebra.ordered(count, operator.target)]
+
+
+@rule("aten.unfold", vanishes="first")
+def windows_along_one_axis(operator: Operator, algebra: Algebra) -> Axes:
+    """Cut windows out of one axis, whose own positions become the last axis."""
+    axes = list(algebra[operator["self"]])
+    dim = operator["dimension"] % len(axes)
+    return [
+        *_ordered(operator, algebra, [dim]),
+        algebra.ordered(operator["size"], operator.target),
+    ]
 
 
 def _window_dims(target: str) -> int:

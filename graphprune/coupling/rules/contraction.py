@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from graphprune.coupling.algebra import Algebra, Axes
+from graphprune.coupling.layout import Layout
 from graphprune.coupling.rules.registry import rule
 from graphprune.trace.graph import Operator, Value
 
@@ -70,9 +71,7 @@ def matrix_product(
     if algebra.is_activation(first) and algebra.is_activation(second):
         algebra.mark(batch, "heads")
         # Scores are contracted over the width of a head; attended values over positions, and have a width left.
-        over_positions = any(
-            atom.anchored or "softmax" in atom.marks for atom in algebra.solver.atoms(x[inner])
-        )
+        over_positions = _are_positions(algebra, x[inner])
         algebra.mark([y[columns] if over_positions else x[inner]], "head_dim")
     return [*batch, algebra.produce(first, rows), algebra.produce(second, columns)]
 
@@ -95,6 +94,8 @@ def einsum(operator: Operator, algebra: Algebra) -> Axes:
             algebra.take_side(value, dim, "produces" if letter in result else "consumes")
         if letter not in result:
             algebra.sum_over(found)
+    if len(operands) == 2 and all(algebra.is_activation(value) for value in operands):
+        _mark_attention(algebra, operands, inputs, result)
     one = algebra.fresh([1])[0]
     return [algebra[places[x][0][0]][places[x][0][1]] if x in places else one for x in result]
 
@@ -124,6 +125,23 @@ def grouped_matmul(operator: Operator, algebra: Algebra) -> Axes:
         algebra.same(matrices, counted)
     algebra.contract(source, -1, weight, 1)
     return [algebra[source][0], algebra.produce(weight, 2)]
+
+
+def _mark_attention(
+    algebra: Algebra, operands: Sequence[Value], inputs: Sequence[list[str]], result: list[str]
+) -> None:
+    """Mark what two activations share and keep as heads, and what is summed, or left of the second, as their width."""
+    first, second = (dict(zip(letters, algebra[value])) for letters, value in zip(inputs, operands))
+    algebra.mark([first[letter] for letter in first if letter in second and letter in result], "heads")
+    summed = [first[letter] for letter in first if letter in second and letter not in result]
+    widths = [axis for axis in summed if not _are_positions(algebra, axis)]
+    if len(widths) < len(summed):
+        widths += [second[letter] for letter in second if letter not in first]
+    algebra.mark(widths, "head_dim")
+
+
+def _are_positions(algebra: Algebra, axis: Layout) -> bool:
+    return any(atom.anchored or "softmax" in atom.marks for atom in algebra.solver.atoms(axis))
 
 
 def _letters(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:

@@ -88,7 +88,6 @@ _THROUGH_ZERO = (
     "sin",
     "erf",
     "leaky_relu",
-    "prelu",
     "elu",
     "selu",
     "celu",
@@ -142,9 +141,9 @@ def _named(*names: str) -> tuple[str, ...]:
 
 
 def elementwise(operator: Operator, algebra: Algebra) -> Axes:
-    """Couple all operands, axis by axis."""
+    """Couple all operands, axis by axis; one that gives its type alone is none."""
     (output, *_) = operator.outputs
-    return algebra.broadcast(operator.inputs, output.shape if output else ())
+    return algebra.broadcast(operator.sources, output.shape if output else ())
 
 
 def nonlinear(operator: Operator, algebra: Algebra) -> Axes:
@@ -168,6 +167,16 @@ def copy(operator: Operator, algebra: Algebra) -> Axes:
     """Write the source over the target."""
     target = operator["self"]
     return algebra.broadcast(operator.inputs, target.shape)
+
+
+@rule("aten.prelu", vanishes="first")
+def prelu(operator: Operator, algebra: Algebra) -> Axes:
+    """Scale what is negative by one slope, or by one for each index of the second axis."""
+    axes, slope = list(algebra[operator["self"]]), operator["weight"]
+    if slope.shape not in ((), (1,)):
+        algebra.same(axes[1], algebra[slope][0])
+    algebra.mark(axes, "nonlinear")
+    return axes
 
 
 @rule("aten.glu", vanishes="first")

@@ -139,7 +139,7 @@ def _by_number(operator: Operator, algebra: Algebra, source: Value, dim: int, va
         return
     if named is not None:
         algebra.pin(named, f"{operator.target} reads another axis by its numbers")
-    if source.is_weight:
+    if source.is_weight or not algebra.is_activation(source):
         algebra.mark([axis], "lookup")
         algebra.pin(axis, "a lookup reads its rows by number")
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graphprune.coupling.algebra import Algebra, Axes
 from graphprune.coupling.rules.registry import rule
-from graphprune.trace.graph import Operator
+from graphprune.trace.graph import Operator, Value
 
 
 @rule("aten.mean", "aten.sum", "aten.linalg_vector_norm", "aten.linalg_norm", "aten.norm", vanishes="first")
@@ -23,6 +23,19 @@ def reduce(operator: Operator, algebra: Algebra) -> Axes:
     for dim in dims:
         algebra.sum_over([(source, dim)])
     return _without(operator, algebra, dims)
+
+
+@rule("aten.cosine_similarity", vanishes="any")
+def cosine_similarity(operator: Operator, algebra: Algebra) -> Axes:
+    """Sum the products of two operands along an axis, and the squares of each."""
+    pair = (operator["x1"], operator["x2"])
+    rank = max(len(value.shape) for value in pair)
+    shape = [max(sizes) for sizes in zip(*(_padded(value, rank) for value in pair), strict=True)]
+    axes = algebra.broadcast(pair, shape)
+    dim = operator["dim"] % rank
+    for value in pair:
+        algebra.sum_over([(value, axes[dim])])
+    return [axis for position, axis in enumerate(axes) if position != dim]
 
 
 @rule("aten.var", "aten.std", "aten.prod", "aten.amax", "aten.amin", "aten.logsumexp")
@@ -54,6 +67,10 @@ def softmax(operator: Operator, algebra: Algebra) -> Axes:
     axes = algebra[operator.inputs[0]]
     algebra.mark([axes[operator["dim"]]], "softmax")
     return list(axes)
+
+
+def _padded(value: Value, rank: int) -> tuple[int, ...]:
+    return (1,) * (rank - len(value.shape)) + value.shape
 
 
 def _dims(operator: Operator) -> list[int]:

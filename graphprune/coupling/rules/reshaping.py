@@ -19,8 +19,6 @@ def _only(operator: Operator) -> Value:
     "aten.reshape",
     "aten._unsafe_view",
     "aten._reshape_alias",
-    "aten.view_as",
-    "aten.reshape_as",
     "aten.flatten",
     "aten.unflatten",
     "aten.unsqueeze",
@@ -33,6 +31,12 @@ def view(operator: Operator, algebra: Algebra) -> Axes:
     """Row-major factoring from one shape to the other."""
     source = operator.inputs[0]
     return algebra.reshape(algebra[source], source.shape, _only(operator).shape)
+
+
+@rule("aten.view_as", "aten.reshape_as", vanishes="first", moves=True)
+def view_as(operator: Operator, algebra: Algebra) -> Axes:
+    """Factor likewise; the shape is another value's, and shrinks with it."""
+    return _shaped_like(operator["other"], view(operator, algebra), algebra)
 
 
 @rule("aten.transpose", "aten.swapaxes", "aten.swapdims", vanishes="first", moves=True)
@@ -78,7 +82,7 @@ def move_axes(operator: Operator, algebra: Algebra) -> Axes:
     return rest
 
 
-@rule("aten.expand", "aten.broadcast_to", "aten.expand_as", vanishes="first", moves=True)
+@rule("aten.expand", "aten.broadcast_to", vanishes="first", moves=True)
 def expand(operator: Operator, algebra: Algebra) -> Axes:
     """Repeat axes of size 1: a free broadcast atom each."""
     source, output = operator["self"], _only(operator)
@@ -90,6 +94,12 @@ def expand(operator: Operator, algebra: Algebra) -> Axes:
             result[position] = axis
     algebra.mark([axis for axis in result if axis not in axes], "repeated")
     return result
+
+
+@rule("aten.expand_as", vanishes="first", moves=True)
+def expand_as(operator: Operator, algebra: Algebra) -> Axes:
+    """Repeat likewise; the shape is another value's, and shrinks with it."""
+    return _shaped_like(operator["other"], expand(operator, algebra), algebra)
 
 
 @rule("aten.repeat", "aten.tile", vanishes="first", moves=True)
@@ -209,6 +219,27 @@ def pixel_shuffle(operator: Operator, algebra: Algebra) -> Axes:
     return [*batch, kept, algebra.solver.product([height, down]), algebra.solver.product([width, across])]
 
 
+@rule("aten.pixel_unshuffle", vanishes="first", moves=True)
+def pixel_unshuffle(operator: Operator, algebra: Algebra) -> Axes:
+    """Turn (channels, h · r, w · r) into (channels · r · r, h, w)."""
+    source, factor = operator["self"], operator["downscale_factor"]
+    *batch, channels, tall, wide = algebra[source]
+    height, down = algebra.reshape([tall], [tall.size], [tall.size // factor, factor])
+    width, across = algebra.reshape([wide], [wide.size], [wide.size // factor, factor])
+    for axis in (tall, wide):
+        algebra.pin(axis, f"{operator.target} lays its units side by side")
+    return [*batch, algebra.solver.product([channels, down, across]), height, width]
+
+
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle", vanishes="first", moves=True)
+def channel_shuffle(operator: Operator, algebra: Algebra) -> Axes:
+    """Turn channels = groups × rest into rest × groups."""
+    source, groups = operator["self"], operator["groups"]
+    batch, channels, *positions = algebra[source]
+    outer, inner = algebra.reshape([channels], [channels.size], [groups, channels.size // groups])
+    return [batch, algebra.solver.product([inner, outer]), *positions]
+
+
 def bounds(start: int | None, end: int | None, size: int) -> tuple[int, int]:
     """Return a slice's bounds as numbers from 0 to `size`."""
     first, last, _ = slice(start, end).indices(size)
@@ -238,6 +269,12 @@ def _repeated(algebra: Algebra, axis: Layout, size: int, *, copies_first: bool) 
     (copies,) = algebra.fresh([size // axis.size])
     algebra.mark([copies], "repeated")
     return algebra.solver.product([copies, axis] if copies_first else [axis, copies])
+
+
+def _shaped_like(other: Value, axes: Axes, algebra: Algebra) -> Axes:
+    for mine, theirs in zip(axes, algebra[other], strict=True):
+        algebra.same(mine, theirs)
+    return axes
 
 
 def _size(value: Value) -> int:

@@ -2,7 +2,8 @@
 
 The numbers that top-k returns name units of the axis that it chose from. Renumbered units renumber them, so that
 whatever is read by them (a bias for each expert, counts, row boundaries) is coupled with the axis and not pinned.
-A unit that is removed cannot be chosen: its score counts as minus infinity.
+A unit that is removed cannot be chosen: its score counts as minus infinity. Where the values alone are read (the
+threshold of k winners), no unit is chosen, and another value would take the place of one that is gone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def topk(operator: Operator, algebra: Algebra) -> tuple[Axes, Axes]:
     axes = list(algebra[source])
     dim = operator["dim"] % len(axes)
     chosen_from = axes[dim]
-    algebra.mark([chosen_from], "routed")
+    algebra.mark([chosen_from], "routed" if algebra.is_read(operator.outputs[1]) else "ranked")
     factors = [factor for factor in algebra.solver.factors(chosen_from) if factor.size > 1]
     for factor in factors:
         others = math.prod(other.minimum for other in factors if other is not factor)
@@ -36,7 +37,8 @@ def sort(operator: Operator, algebra: Algebra) -> Axes | tuple[Axes, ...]:
     """Sort along an axis; sorted names are names still."""
     source = operator["self"]
     axes = list(algebra[source])
-    dim = (-1 if operator["dim"] is None else operator["dim"]) % len(axes)
+    usual = 0 if operator.target == "aten.msort.default" else -1
+    dim = (usual if operator["dim"] is None else operator["dim"]) % len(axes)
     algebra.pin(axes[dim], f"{operator.target} reorders its units")
     named = algebra.understand(source)
     if len(operator.outputs) == 1:
