@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quant.blockwise import check_block_size
@@ -74,13 +75,7 @@ class LoftQConfig:
                 f"propagation {self.propagation} with alpha {self.alpha} is not possible",
                 "choose a propagation from 0 to 1, and an alpha above 0 or None",
             )
-        for expression in (*self.include, *self.exclude, *(expression for expression, _ in self.formats)):
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise QuantError(
-                    f"{expression!r} is not a regular expression: {error}", "escape its special characters"
-                ) from error
+        check_expressions((*self.include, *self.exclude, *(expression for expression, _ in self.formats)))
 
     @property
     def scaling(self) -> float:
@@ -101,3 +96,14 @@ class LoftQConfig:
     def excludes(self, name: str) -> bool:
         """Tell whether the layer of this qualified name is to be left as it is."""
         return any(re.search(expression, name) for expression in self.exclude)
+
+
+def check_expressions(expressions: Iterable[str]) -> None:
+    """Raise QuantError for the first that is not a regular expression."""
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise QuantError(
+                f"{expression!r} is not a regular expression: {error}", "escape its special characters"
+            ) from error

@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rank", type=int, default=default.rank, help="of the adapters (default: %(default)s)"
     )
+    parser.add_argument("--alpha", type=float, help="LoRA's alpha (default: the adapters count once)")
+    parser.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank), not alpha / rank")
     parser.add_argument(
         "--iterations", type=int, default=default.iterations, help="0: QLoRA (default: %(default)s)"
     )
@@ -81,6 +83,8 @@ def _config(given: argparse.Namespace) -> StreamConfig:
         block_size=given.block_size,
         scale_storage=given.scale_storage,
         rank=given.rank,
+        alpha=given.alpha,
+        rslora=given.rslora,
         iterations=given.iterations,
         seed=given.seed,
         include=tuple(given.include or default.include),

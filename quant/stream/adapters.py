@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quant.errors import QuantError
 from quant.stream.byte_copy import write_safetensors
+from quant.stream.config import StreamConfig
 from quant.stream.header import StoredTensor
 from quant.stream.layers import Layer
 from quant.stream.part import Part
@@ -15,10 +16,12 @@ from quant.stream.part import Part
 FOLDER, TENSORS_FILE, CONFIG_FILE = "adapters", "adapter_model.safetensors", "adapter_config.json"
 
 
-def write_adapters(folder: Path, layers: Sequence[Layer], parts: Mapping[str, Part], rank: int) -> None:
+def write_adapters(
+    folder: Path, layers: Sequence[Layer], parts: Mapping[str, Part], config: StreamConfig
+) -> None:
     """Write `adapters/adapter_model.safetensors` and its configuration below a folder.
 
-    ``lora_alpha`` is the rank, so that PEFT's scaling alpha / rank is 1 and the product the one that was found.
+    Without an alpha of its own, ``lora_alpha`` is the rank: PEFT's scaling alpha / rank is then 1.
 
     Raises:
         QuantError: Layers are stacked experts, for which this layout has no names.
@@ -29,10 +32,11 @@ def write_adapters(folder: Path, layers: Sequence[Layer], parts: Mapping[str, Pa
         for factor in ("lora_A", "lora_B"):
             key = f"base_model.model.{layer.name}.{factor}.weight"
             tensors[key] = parts[layer.name].tensors[f"{layer.name}.{factor}"]
-    config = {
+    described = {
         "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
+        "r": config.rank,
+        "lora_alpha": config.rank if config.alpha is None else config.alpha,
+        "use_rslora": config.alpha is not None and config.rslora,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(layer.name for layer in layers),
@@ -40,7 +44,7 @@ def write_adapters(folder: Path, layers: Sequence[Layer], parts: Mapping[str, Pa
     }
     (folder / FOLDER).mkdir()
     write_safetensors(folder / FOLDER / TENSORS_FILE, tensors)
-    (folder / FOLDER / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    (folder / FOLDER / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
 
 
 def check_adapters(layers: Sequence[Layer]) -> None:

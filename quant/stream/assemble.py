@@ -48,7 +48,7 @@ def assemble(job: Job, checkpoint: Checkpoint, config: StreamConfig) -> None:
         result / INDEX_FILE, _index(job.layers, config, {name: sha256(result / name) for name in shards})
     )
     if config.peft_adapters:
-        write_adapters(result, job.layers, parts, config.rank)
+        write_adapters(result, job.layers, parts, config)
     _publish(job, result, _layer_reports(job.layers, parts))
 
 
@@ -109,7 +109,7 @@ def _index(layers: list[Layer], config: StreamConfig, hashes: dict[str, str]) ->
             block_size=config.block_size,
             shape=layer.shape,
             rank=config.rank,
-            scaling=1.0,
+            scaling=config.scaling,
         ).entry()
         for layer in layers
     }

@@ -72,7 +72,7 @@ def share(layers: Sequence[Layer], process: int, processes: int) -> list[Layer]:
 
 def _layers_of(key: str, tensors: Mapping[str, StoredTensor], config: StreamConfig) -> list[Layer]:
     tensor, name = tensors[key], key.removesuffix(".weight")
-    matrix = len(tensor.shape) == 2 and name != key and config.takes(name)
+    matrix = len(tensor.shape) == 2 and name != key and config.includes(name)
     stack = len(tensor.shape) == 3 and config.takes_stack(name)
     if not (matrix or stack):
         return []

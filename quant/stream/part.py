@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def write_part(path: Path, layer: Layer, config: StreamConfig, device: str) -> N
     """
     save_file = import_safetensors().save_file
     result = _compress(layer, config, device)
-    named = {**result.quantized.parts(), "lora_A": result.lora_A, "lora_B": result.lora_B}
+    # Divided, so that the product is right after the model has multiplied it by the scaling.
+    root = math.sqrt(config.scaling)
+    named = {**result.quantized.parts(), "lora_A": result.lora_A / root, "lora_B": result.lora_B / root}
     tensors = {f"{layer.name}.{key}": tensor.cpu().contiguous() for key, tensor in named.items()}
     note = json.dumps({"name": layer.name, "errors": result.errors})
     replace_file(path, lambda temporary: save_file(tensors, temporary, {NOTE: note}))

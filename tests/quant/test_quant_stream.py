@@ -435,14 +435,14 @@ def test_the_largest_layers_are_dealt_first(tmp_path: Path) -> None:
     "name", ["model.embed_tokens", "lm_head", "transformer.wte", "h.0.ln_1", "mlp.gate", "shared"]
 )
 def test_embeddings_heads_norms_and_routers_are_left_by_default(name: str) -> None:
-    assert not StreamConfig().takes(name)
+    assert not StreamConfig().includes(name)
 
 
 @pytest.mark.parametrize(
     "name", ["l.0.q_proj", "l.0.mlp.gate_proj", "l.0.mlp.shared_expert.up_proj", "h.0.attn.c_attn"]
 )
 def test_linear_layers_are_taken_by_default(name: str) -> None:
-    assert StreamConfig().takes(name)
+    assert StreamConfig().includes(name)
 
 
 def test_a_file_put_together_from_others_is_read_by_safetensors(tmp_path: Path) -> None:
@@ -527,13 +527,20 @@ def test_a_llama_on_the_meta_device_takes_the_result_and_runs(
         assert torch.equal(loaded(TOKENS).logits, empty(TOKENS).logits)
 
 
+SCALINGS = [{}, {"alpha": 8}, {"alpha": 3, "rslora": True}]
+
+
 @pytest.mark.parametrize("iterations", [0, 2])
-def test_a_model_in_memory_becomes_the_same(tmp_path: Path, iterations: int) -> None:
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_model_in_memory_becomes_the_same(tmp_path: Path, iterations: int, scaling: dict) -> None:
     streamed, in_memory = llama(), llama()
     streamed.save_pretrained(tmp_path / "source")
-    loftq_checkpoint(tmp_path / "source", tmp_path / "out", replace(CONFIG, iterations=iterations))
+    config = replace(CONFIG, iterations=iterations, **scaling)
+    loftq_checkpoint(tmp_path / "source", tmp_path / "out", config)
     load_checkpoint_(streamed, tmp_path / "out")
-    loftq_model(in_memory, LoftQConfig(rank=4, iterations=iterations, block_size=16, exclude=("lm_head",)))
+    plain = LoftQConfig(rank=4, iterations=iterations, block_size=16, exclude=("lm_head",), **scaling)
+    loftq_model(in_memory, plain)
+    assert streamed.model.layers[0].mlp.up_proj.scaling == plain.scaling
     first, second = streamed.state_dict(), in_memory.state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -565,11 +572,12 @@ def test_a_changed_byte_of_any_file_is_found_when_loading(tmp_path: Path) -> Non
         load_quantized_(llama(), tmp_path / "out")
 
 
-def test_peft_reads_the_adapters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_peft_reads_the_adapters(tmp_path: Path, scaling: dict) -> None:
     peft = pytest.importorskip("peft")
     dense = llama()
     dense.save_pretrained(tmp_path / "source")
-    loftq_checkpoint(tmp_path / "source", tmp_path / "out", replace(CONFIG, peft_adapters=True))
+    loftq_checkpoint(tmp_path / "source", tmp_path / "out", replace(CONFIG, peft_adapters=True, **scaling))
     packed = llama()
     load_quantized_(packed, tmp_path / "out")
     base = llama()
