@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphprune.certify.membership import wrong_members
@@ -26,6 +26,7 @@ from graphprune.shrink.fitting import check_groups, check_model
 from graphprune.shrink.program import Program, traced_inputs
 from graphprune.shrink.resize import resize
 from graphprune.shrink.weights import named_weights, select_weight, zero_weight
+from graphprune.trace.inputs import keyword_inputs
 
 TOLERANCE = 1e-9
 ONNX_TOLERANCE = 1e-4
@@ -100,7 +101,7 @@ class Certificate:
 def certify(
     model: Any,
     groups: NodeGroups,
-    example_inputs: Mapping[str, Any] | None = None,
+    example_inputs: Any = None,
     *,
     seed: int = 0,
     tolerance: float | None = None,
@@ -114,8 +115,8 @@ def certify(
         model: The model, with its weights: a torch module or an exported program. For groups of an ONNX graph it is
             the file itself that is checked, and the argument may be None.
         groups: Its node groups.
-        example_inputs: Keyword arguments of its forward, by default those of the trace. An ONNX graph needs them:
-            arrays or tensors by name.
+        example_inputs: Keyword arguments of its forward, by default those of the trace; one tensor, or a tuple of
+            the first arguments, will do. An ONNX graph needs them: arrays or tensors by name.
         seed: Of the permutations, the removed units and the random numbers.
         tolerance: Largest error, relative to the largest output; by default 1e-9 in float64, and 1e-4 for an ONNX
             file, which runs in float32 and is checked by permutation alone.
@@ -133,7 +134,10 @@ def certify(
         return _certify_onnx(groups, example_inputs or {}, seed, tolerance or ONNX_TOLERANCE)
     check_model(model, groups)
     tolerance = tolerance or TOLERANCE
-    example_inputs = example_inputs or traced_inputs(groups.graph.program)
+    if example_inputs is None:
+        example_inputs = traced_inputs(groups.graph.program)
+    elif isinstance(model, nn.Module) and not isinstance(example_inputs, Mapping):
+        example_inputs = keyword_inputs(model, example_inputs)
     trial = _Trial(model, groups, example_inputs, np.random.default_rng(seed))
     prunable = [group for group in groups.values() if group.prunable]
     permuted = trial.permuted_error(movable)

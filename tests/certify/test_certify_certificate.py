@@ -175,6 +175,14 @@ def test_nothing_to_permute_is_an_error_that_lists_each_reason_once():
         assert all(any(f"({name}" in line for name in groups) for line in lines)
 
 
+def test_inputs_need_no_names():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    groups = node_groups(trace(model, torch.randn(5, 6)))
+    for inputs in (torch.randn(5, 6), (torch.randn(4, 6),), {"input": torch.randn(5, 6)}, None):
+        assert certify(model, groups, inputs).ok
+
+
 @pytest.mark.parametrize("inputs", [{"x": torch.zeros(2, 7, dtype=torch.long)}, {"attention_mask": None}])
 def test_a_missing_input_is_named(llama, inputs):
     with pytest.raises(InputsError, match=f"not given: input_ids, use_cache\n.*these were: {min(inputs)}"):
