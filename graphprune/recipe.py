@@ -80,6 +80,12 @@ class Quantize(_Section):
     block_size: Positive = 64
     rank: Positive = 16
     iterations: Steps = 5
+    calibration_windows: Steps = Field(
+        default=0, description="windows of the training text that layers are fitted to; 0: LoftQ as published"
+    )
+    scale_storage: Literal["float32", "float16", "double"] = Field(
+        default="float32", description="of the blocks' scales; double quantizes them too"
+    )
     embedding: str | None = Field(
         default="int8", description="format of a tied embedding; null keeps it float32"
     )

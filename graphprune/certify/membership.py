@@ -47,8 +47,8 @@ def _faults(groups: NodeGroups, group: NodeGroup, reached: dict[Place, list[Layo
 
 def _agrees(groups: NodeGroups, group: NodeGroup, member: Member, layout: Layout) -> bool:
     """Whether the indices of some units, as the member names them, are those that removing them takes."""
-    if group.atom.form != "atom":
-        return True
+    if group.atom.form != "atom" or not group.prunable:
+        return True  # surgery takes nothing of it
     gone = np.arange(group.size)[:: 2 if group.size > 2 else group.size]
     kept = groups.keep(layout, groups.selection({group.name: np.setdiff1d(np.arange(group.size), gone)}))
     owner = group.owner(member)

@@ -141,12 +141,17 @@ def quantize_stage(session: Session) -> str:
         block_size=settings.block_size,
         rank=settings.rank,
         iterations=settings.iterations,
+        scale_storage=settings.scale_storage,
+        seed=session.recipe.seed,
         exclude=_head_pattern(model),
         embedding_format=settings.embedding,
     )
-    torch.manual_seed(session.recipe.seed)
+    count = settings.calibration_windows
+    batches = session.inputs.train.drawn(count, session.recipe.seed).split(4) if count else None
     with session.reporter.task("LoftQ") as tick:
-        _, layers = loftq_model(model, config, on_layer=lambda name, done, total: tick(done, name, total))
+        _, layers = loftq_model(
+            model, config, batches, on_layer=lambda name, done, total: tick(done, name, total)
+        )
     model.eval()
     with replacing(session.path("quant")) as temporary:
         save_quantized(model, temporary)

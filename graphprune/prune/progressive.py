@@ -48,7 +48,7 @@ def unit_scores(
 ) -> dict[str, Tensor]:
     """Score every unit that may go on the calibration windows, drawn at random from the training text."""
     gates = Gates(model, groups, [group.name for group in targets(groups, settings.kinds)])
-    ids = _calibration(settings, windows, seed)
+    ids = windows.drawn(settings.calibration_windows, seed)
     autocast = use_bfloat16(settings.training, model)
     objective = Objective(logits_of(model), None, 0.0, autocast)
     try:
@@ -124,7 +124,7 @@ def prune_progressively(
         autocast = use_bfloat16(training, model)
         with _computing_in(model, autocast):
             if settings.repair:
-                calibration = _calibration(settings, windows, seed).split(training.batch_size)
+                calibration = windows.drawn(settings.calibration_windows, seed).split(training.batch_size)
                 repair = Repair(model, gates, calibration, teacher)
             metrics = train(
                 windows.batches(training.batch_size, seed),
@@ -156,12 +156,6 @@ def _computing_in(model: Any, autocast: bool) -> Iterator[None]:
 
     with frozen_in_bfloat16(model), disable_input_dtype_casting(model):
         yield
-
-
-def _calibration(settings: Prune, windows: Windows, seed: int) -> Tensor:
-    """Return calibration windows (windows, window), drawn at random from the training text."""
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows.ids[order[: settings.calibration_windows]]
 
 
 def _check_reached(plan: Plan, budget: Budget) -> None:

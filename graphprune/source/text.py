@@ -38,6 +38,11 @@ class Windows:
         """How many tokens a model is asked to predict: all but the first of each window."""
         return len(self) * (int(self.ids.shape[1]) - 1)
 
+    def drawn(self, count: int, seed: int) -> Tensor:
+        """Return up to `count` windows at random: (count, window)."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.ids[order[:count]]
+
     def batches(self, size: int, seed: int) -> Iterator[Tensor]:
         """Yield batches (size, window) for ever, in a new random order each time round."""
         generator = random.Random(seed)

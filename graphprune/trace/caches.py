@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ def _no_cache(
 
 def _plain(module: nn.Module, positional: Any, output: Any) -> Any:
     """Leave objects out, as long as a tensor is left."""
-    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(output, is_leaf=_is_object)):
         return output
-    return tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else None, output)
+    return tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else None, output, is_leaf=_is_object)
+
+
+def _is_object(item: Any) -> bool:
+    """Whether something is no container of results: a cache is none, even where torch is told how to flatten it."""
+    return not isinstance(item, (tuple, list, Mapping)) and not is_dataclass(item)

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from examined_networks import examine
+from generated_blocks import Ladder, Rearranged
+from generated_networks import Network, Node
 from torch import Tensor, nn
 
 from graphprune.certify.certificate import certify
@@ -122,3 +125,16 @@ def test_a_certificate_fails_where_a_member_names_other_indices(model, groups):
     certificate = certify(model, altered(groups, heads.name, misread), INPUTS)
     assert not certificate.ok
     assert any("other indices on axis 0 of qkv.weight" in fault for fault in certificate.wrong_members)
+
+
+def test_an_axis_that_holds_a_group_twice_is_no_fault():
+    """Rows and columns of a square are tied to each other: an index belongs to a unit of each, and none can go."""
+    ladder = Ladder((3, 6))
+    shared = [Node((place,), "first", ladder, residual=True, shares=0) for place in (1, 2, 4)]
+    square = Node((3,), "first", Rearranged((8, 2), (1, 0), (False, False)), residual=False, shares=None)
+    first = Node((0,), "first", ladder, residual=False, shares=None)
+    nodes = (first, *shared[:2], square, shared[2])
+    network = Network(tokens=False, tied=False, width=16, nodes=nodes, length=5, seed=0)
+    examined = examine(network)
+    assert any("holds it twice" in (group.reason or "") for group in examined.groups.values())
+    assert wrong_members(examined.groups) == {}
