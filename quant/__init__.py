@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from quant import formats, ternary
 from quant.apply import LayerReport, loftq_model
-from quant.blockwise import QuantizedTensor, quantize
+from quant.blockwise import quantize
 from quant.calibration import collect_covariances
 from quant.codebooks import Format, format_names, get_format, register_format
 from quant.config import LoftQConfig
@@ -20,6 +20,7 @@ from quant.mix import Mix, mix_for_budget, paper_mix
 from quant.packed import cache_dequantized
 from quant.packing import pack, unpack
 from quant.parameters import PackedParameter, loftq_parameter_, pack_parameter_
+from quant.quantized import QuantizedTensor
 from quant.scales import Scales
 from quant.storage import load_quantized_, save_quantized
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from quant.blockwise import QuantizedTensor, check_weight, quantize
+from quant.blockwise import check_weight, quantize
 from quant.calibration import Batch, collect_covariances, evaluation
 from quant.chain import find_chain
 from quant.config import LoftQConfig
@@ -18,6 +18,7 @@ from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.linear import QuantLinear
 from quant.loftq import loftq, relative_error
+from quant.quantized import QuantizedTensor
 from quant.sequential import quantize_chain
 from quant.tree import replace_module_
 

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quant.blockwise import QuantizedTensor, block_scales
+from quant.blockwise import block_scales
 from quant.codebooks import Format, get_format
 from quant.covariance import InputNorm
 from quant.fit import covering_scales, fitted_scales
 from quant.packing import pack
+from quant.quantized import QuantizedTensor
 from quant.scales import Storage, store_scales
 
 # Columns that are rounded before their errors are taken to all others, where blocks cross rows.

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quant.blockwise import check_block_size
 from quant.codebooks import get_format
 from quant.errors import QuantError
+from quant.quantized import check_block_size
 from quant.scales import Storage, check_storage
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quant.blockwise import QuantizedTensor
 from quant.packed import PackedWeight
+from quant.quantized import QuantizedTensor
 
 
 class QuantEmbedding(PackedWeight):

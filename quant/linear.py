@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant.blockwise import QuantizedTensor
 from quant.errors import QuantError
 from quant.packed import PackedWeight
+from quant.quantized import QuantizedTensor
 
 TILE = 1 << 22
 """Weights that are dequantized at a time: 16 MB in float32."""

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.blockwise import QuantizedTensor, check_weight, quantize
+from quant.blockwise import check_weight, quantize
 from quant.compensated import SWEEPS, CompensatedRounding
 from quant.covariance import InputNorm
 from quant.errors import QuantError
 from quant.low_rank import low_rank
+from quant.quantized import QuantizedTensor
 from quant.scales import Storage
 
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from quant.blockwise import QuantizedTensor
 from quant.errors import QuantError
+from quant.quantized import QuantizedTensor
 
 
 class PackedWeight(nn.Module):

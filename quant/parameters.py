@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from quant.apply import LayerReport
-from quant.blockwise import QuantizedTensor, check_weight
+from quant.blockwise import check_weight
 from quant.errors import QuantError
 from quant.packed import PackedWeight
+from quant.quantized import QuantizedTensor
 from quant.scales import Storage
 from quant.stack import loftq_stack
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quant.blockwise import QuantizedTensor
 from quant.errors import QuantError
 from quant.loftq import LoftQResult, loftq
+from quant.quantized import QuantizedTensor
 from quant.scales import Storage
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.blockwise import PART_NAMES, QuantizedTensor
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.files import import_safetensors, replace_file, sha256
 from quant.linear import QuantLinear
 from quant.packed import PackedWeight
 from quant.parameters import PackedParameter
+from quant.quantized import PART_NAMES, QuantizedTensor
 from quant.ternary import PackedExperts
 from quant.tree import replace_module_
 

@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quant.blockwise import QuantizedTensor
 from quant.codebooks import get_format
 from quant.errors import QuantError
 from quant.linear import QuantLinear
+from quant.quantized import QuantizedTensor
 from quant.scales import DOUBLE_BLOCK, Scales, dynamic_levels
 from quant.tree import replace_module_
 

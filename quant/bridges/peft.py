@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from quant.apply import LayerReport
-from quant.blockwise import check_block_size, check_weight
+from quant.blockwise import check_weight
 from quant.codebooks import get_format
 from quant.errors import QuantError
 from quant.linear import QuantLinear
 from quant.loftq import LoftQResult
 from quant.parameters import pack_parameter_
+from quant.quantized import check_block_size
 from quant.scales import Storage
 from quant.stack import check_stackable, loftq_stack
 from quant.tree import replace_module_

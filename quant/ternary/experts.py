@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.blockwise import QuantizedTensor, block_count, check_weight, quantize
+from quant.blockwise import check_weight, quantize
 from quant.errors import QuantError
 from quant.packing import packed_size
+from quant.quantized import QuantizedTensor, block_count
 from quant.scales import Storage, store_scales
 from quant.ternary.compensation import compensated_symbols, squared_output_error
 from quant.ternary.grid import Levels, as_stored, check_grid, row_grid

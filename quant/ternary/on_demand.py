@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.blockwise import QuantizedTensor
 from quant.errors import QuantError
+from quant.quantized import QuantizedTensor
 from quant.ternary.tensor import TernaryTensor
 
 

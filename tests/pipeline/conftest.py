@@ -25,7 +25,8 @@ prune:
   period_steps: 2
   settle_steps: 1
   training: {{learning_rate: 1e-3, batch_size: 2, precision: float32}}
-quantize: {{format: nf4, block_size: 16, rank: 4, iterations: 2, embedding: int8, calibration_windows: 4, scale_storage: double}}
+quantize:
+  {{format: nf4, block_size: 16, rank: 4, iterations: 2, embedding: int8, calibration_windows: 4, scale_storage: double}}
 recover: {{steps: 3, training: {{learning_rate: 1e-3, batch_size: 2, precision: float32}}}}
 export: {{verify_windows: 2, verify_tokens: 12}}
 report: {{prompts: [the cat sat on], new_tokens: 5, speed_tokens: 4}}

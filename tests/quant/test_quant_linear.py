@@ -168,7 +168,7 @@ def test_the_graph_keeps_no_dense_weight_alive() -> None:
 
 
 def test_the_cache_dequantizes_once_and_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quant.blockwise import QuantizedTensor
+    from quant.quantized import QuantizedTensor
 
     calls, original = [], QuantizedTensor.dequantize
     monkeypatch.setattr(
@@ -261,7 +261,7 @@ def test_an_embedding_gives_the_rows_of_the_dense_one(format: str, block_size: i
 
 
 def test_an_embedding_dequantizes_only_the_rows_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quant.blockwise import QuantizedTensor
+    from quant.quantized import QuantizedTensor
 
     shapes, original = [], QuantizedTensor.dequantize
     monkeypatch.setattr(
