@@ -26,7 +26,8 @@ prune:
   settle_steps: 1
   training: {{learning_rate: 1e-3, batch_size: 2, precision: float32}}
 quantize:
-  {{format: nf4, block_size: 16, rank: 4, iterations: 2, embedding: int8, calibration_windows: 4, scale_storage: double}}
+  {{format: nf4, block_size: 16, rank: 4, iterations: 2, embedding: int8, calibration_windows: 4,
+    scale_storage: double}}
 recover: {{steps: 3, training: {{learning_rate: 1e-3, batch_size: 2, precision: float32}}}}
 export: {{verify_windows: 2, verify_tokens: 12}}
 report: {{prompts: [the cat sat on], new_tokens: 5, speed_tokens: 4}}
