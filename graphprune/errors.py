@@ -50,7 +50,7 @@ class TraceError(GraphPruneError, RuntimeError):
 
 
 class TraceWarning(UserWarning):
-    """A model was traced for the sizes of its example inputs alone, because it does not leave them open."""
+    """A model was traced with less than it could have: for its example's sizes alone, or without some numbers."""
 
 
 class CouplingError(GraphPruneError, RuntimeError):

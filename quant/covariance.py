@@ -44,7 +44,7 @@ class InputNorm:
         wide = covariance.detach().to(torch.float64)
         wide = wide / wide.diagonal().mean()
         while True:
-            damped = wide + damping * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+            damped = _damped(wide, damping)
             factor, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
                 return cls(damped.to(torch.float32), factor.to(torch.float32))
@@ -71,8 +71,8 @@ def propagated_target(weight: Tensor, covariance: Tensor, cross: Tensor, strengt
 
     Args:
         weight: (out_features, in_features).
-        covariance: R, (in_features, in_features), damped.
-        cross: C, (in_features, in_features), on the same scale as R before damping.
+        covariance: R, (in_features, in_features); damped here.
+        cross: C, (in_features, in_features), on the same scale as R.
         strength: Share of the way from W to V that is taken; 1 trusts the calibration text fully.
 
     Returns:
@@ -84,8 +84,8 @@ def propagated_target(weight: Tensor, covariance: Tensor, cross: Tensor, strengt
     return (weight + strength * torch.cholesky_solve(drift.T, factor).T).to(torch.float32)
 
 
-def _damped(wide: Tensor) -> Tensor:
-    amount = DAMPING * wide.diagonal().mean()
+def _damped(wide: Tensor, share: float = DAMPING) -> Tensor:
+    amount = share * wide.diagonal().mean()
     return wide + amount * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
 
 

@@ -36,6 +36,7 @@ def gaussian_formats() -> Table:
     weight = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0))
     table = Table(
         "format", "bits", "stored bits, float32 scales", "double", "error, covering scale", "fitted", "default",
+        "its error, double",
         title="Gaussian 2048 x 1024, blocks of 64, seed 0",
     )  # fmt: skip
     for name in quant.format_names():
@@ -49,7 +50,9 @@ def gaussian_formats() -> Table:
         ]
         bits = [f"{8 * packed.nbytes / weight.numel():.3f}" for packed in (plain, double)]
         default = "fitted" if format.fitted else "covering"
-        table.add_row(name, str(format.bits), *bits, *(f"{error:.4f}" for error in errors), default)
+        errors.append(relative_error(weight, double.dequantize()))
+        covering, fitted, doubled = (f"{error:.4f}" for error in errors)
+        table.add_row(name, str(format.bits), *bits, covering, fitted, default, doubled)
     return table
 
 

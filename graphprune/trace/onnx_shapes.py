@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TypeProto, defs, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
-from graphprune.errors import TraceError
+from graphprune.errors import TraceError, TraceWarning
 from graphprune.trace.onnx_contrib import SCHEMAS, ContribSchema
 from graphprune.trace.onnx_sizes import ExampleSizes
 
@@ -33,6 +34,9 @@ def fitted(model: ir.Model, sizes: ExampleSizes) -> ShapeInference:
     Args:
         model: The model; functions inlined.
         sizes: To start from.
+
+    Warns:
+        TraceWarning: A node's result follows from known numbers, but could not be computed.
     """
     tried = [sizes]
     while True:
@@ -40,6 +44,7 @@ def fitted(model: ir.Model, sizes: ExampleSizes) -> ShapeInference:
         shapes.run()
         mended = tried[-1].mended(*shapes.conflict) if shapes.conflict else None
         if mended is None or mended in tried:
+            shapes.warn_of_failures()
             return shapes
         tried.append(mended)
 
@@ -78,6 +83,7 @@ class ShapeInference:
         self._model = model
         self._sizes = sizes
         self._uncertain: set[ir.Node] = set()
+        self._failures: dict[ir.Node, Exception] = {}
         self._stand_ins = itertools.count(_FIRST_STAND_IN, 2)
         self._opsets = {domain: version for domain, version in model.opset_imports.items() if version}
 
@@ -94,6 +100,17 @@ class ShapeInference:
     def is_certain(self, node: ir.Node) -> bool:
         """Whether the shapes of a node's results follow from those of its operands."""
         return node not in self._uncertain
+
+    def warn_of_failures(self) -> None:
+        """Warn of each node whose result follows from known numbers, but could not be computed."""
+        for node, error in self._failures.items():
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(
+                f"the ONNX node '{node.name}' ({node.op_type}) could not be computed from its constant operands: "
+                f"{reason}; sizes that follow from its result are taken as unknown",
+                TraceWarning,
+                stacklevel=2,
+            )
 
     def _infer(self, node: ir.Node) -> None:
         """Find out what is known of a node's results."""
@@ -144,7 +161,11 @@ class ShapeInference:
         sized = self._inferred(node, operands)
         if sized is None or any(one is not None and math.prod(one.shape or ()) > _LARGEST for one in sized):
             return None
-        return _evaluated(node, operands, self._opsets)
+        try:
+            return _evaluated(node, operands, self._opsets)
+        except Exception as error:  # onnx's reference code raises what numpy does, and its own errors
+            self._failures[node] = error
+            return None
 
     def _inferred(self, node: ir.Node, operands: Sequence[Known | None]) -> list[Known | None] | None:
         schema = self.schema(node)
@@ -239,9 +260,7 @@ def _by_table(schema: ContribSchema, node: ir.Node, operands: Sequence[Known | N
     return [Known(shape, model.dtype if model else ir.DataType.UNDEFINED) for shape in shapes]
 
 
-def _evaluated(
-    node: ir.Node, operands: Sequence[Known | None], opsets: dict[str, int]
-) -> list[Known | None] | None:
+def _evaluated(node: ir.Node, operands: Sequence[Known | None], opsets: dict[str, int]) -> list[Known | None]:
     """Run one node by onnx's own reference implementation."""
     names = [value.name for value in node.inputs if value is not None]
     graph = helper.make_graph(
@@ -260,10 +279,7 @@ def _evaluated(
         for value, operand in zip(node.inputs, operands, strict=True)
         if value is not None and operand is not None
     }
-    try:
-        results = ReferenceEvaluator(helper.make_model(graph, opset_imports=imports)).run(None, feeds)
-    except (RuntimeError, ValueError, TypeError, LookupError, NotImplementedError):
-        return None  # no reference implementation for these types: the operator stays in the graph
+    results = ReferenceEvaluator(helper.make_model(graph, opset_imports=imports)).run(None, feeds)
     return [_number(np.asarray(result)) for result in results]
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from torch import Tensor, nn
 from quant.errors import QuantError
 from quant.files import replace_file
 from quant.linear import QuantLinear
+from quant.lora_config import CONFIG_FILE, PREFIX, TENSORS_FILE, lora_config
 from quant.parameters import PackedParameter
 from quant.tree import replace_module_
 
-PREFIX = "base_model.model."
-TENSORS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 PARAMETRIZED = ".parametrizations.weight.0"
 
 
@@ -165,43 +163,13 @@ def _adapted_layers(model: nn.Module) -> dict[str, QuantLinear | PackedParameter
 
 
 def _config(model: nn.Module, layers: Mapping[str, QuantLinear | PackedParameter]) -> dict[str, Any]:
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: _alpha(layer) for name, layer in layers.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    # PEFT takes a name in target_modules for the end of a name too.
-    others = [
-        name
-        for name, _ in model.named_modules()
-        if name not in layers and any(name.endswith(f".{target}") for target in layers)
-    ]
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {_pattern(name): each for name, each in ranks.items() if each != rank},
-        "alpha_pattern": {_pattern(name): each for name, each in alphas.items() if each != alpha},
-        "target_modules": sorted(layers),
-        "exclude_modules": "|".join(map(re.escape, others)) or None,
-        "fan_in_fan_out": all(isinstance(layer, PackedParameter) for layer in layers.values()),
-        "use_rslora": False,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "init_lora_weights": True,
-    }
-
-
-def _pattern(name: str) -> str:
-    """Return an expression that matches this whole name alone, among PEFT's patterns."""
-    return f"^{re.escape(name)}"
-
-
-def _alpha(layer: QuantLinear | PackedParameter) -> float:
-    alpha = layer.scaling * layer.rank
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+    return lora_config(
+        {name: layer.rank for name, layer in layers.items()},
+        {name: layer.scaling for name, layer in layers.items()},
+        modules=[name for name, _ in model.named_modules()],
+        fan_in_fan_out=all(isinstance(layer, PackedParameter) for layer in layers.values()),
+        base=getattr(getattr(model, "config", None), "_name_or_path", None),
+    )
 
 
 def _scaling(name: str, config: Mapping[str, Any]) -> float:

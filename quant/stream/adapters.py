@@ -7,21 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quant.errors import QuantError
+from quant.lora_config import CONFIG_FILE, PREFIX, TENSORS_FILE, lora_config
 from quant.stream.byte_copy import write_safetensors
 from quant.stream.config import StreamConfig
 from quant.stream.header import StoredTensor
 from quant.stream.layers import Layer
 from quant.stream.part import Part
 
-FOLDER, TENSORS_FILE, CONFIG_FILE = "adapters", "adapter_model.safetensors", "adapter_config.json"
+FOLDER = "adapters"
 
 
 def write_adapters(
     folder: Path, layers: Sequence[Layer], parts: Mapping[str, Part], config: StreamConfig
 ) -> None:
     """Write `adapters/adapter_model.safetensors` and its configuration below a folder.
-
-    Without an alpha of its own, ``lora_alpha`` is the rank: PEFT's scaling alpha / rank is then 1.
 
     Raises:
         QuantError: Layers are stacked experts, for which this layout has no names.
@@ -30,18 +29,10 @@ def write_adapters(
     tensors: dict[str, StoredTensor] = {}
     for layer in layers:
         for factor in ("lora_A", "lora_B"):
-            key = f"base_model.model.{layer.name}.{factor}.weight"
+            key = f"{PREFIX}{layer.name}.{factor}.weight"
             tensors[key] = parts[layer.name].tensors[f"{layer.name}.{factor}"]
-    described = {
-        "peft_type": "LORA",
-        "r": config.rank,
-        "lora_alpha": config.rank if config.alpha is None else config.alpha,
-        "use_rslora": config.alpha is not None and config.rslora,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(layer.name for layer in layers),
-        "inference_mode": True,
-    }
+    names = [layer.name for layer in layers]
+    described = lora_config(dict.fromkeys(names, config.rank), dict.fromkeys(names, config.scaling))
     (folder / FOLDER).mkdir()
     write_safetensors(folder / FOLDER / TENSORS_FILE, tensors)
     (folder / FOLDER / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", "utf-8")

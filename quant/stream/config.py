@@ -18,7 +18,10 @@ NOT_LINEAR = (
     r"relative_attention_bias$",
     r"conv",
 )
-"""Names of matrices that are no linear layers of a block: embeddings, heads, norms, routers of experts."""
+"""Usual names of matrices that are no linear layers of a block: embeddings, heads, norms, routers of experts.
+
+A checkpoint names tensors and does not say what reads them, so this can only go by names; `exclude` replaces it.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,6 @@ from quant import QuantError, QuantizedTensor, format_names, get_format, quantiz
 
 FORMATS = st.sampled_from(format_names())
 SYMMETRIC = st.sampled_from([name for name in format_names() if not get_format(name).affine])
-AFFINE = st.sampled_from([name for name in format_names() if get_format(name).affine])
 STORAGE = st.sampled_from(["float32", "float16", "double"])
 BLOCKS = st.sampled_from([16, 64])
 COUNTS = st.one_of(st.sampled_from([1, 15, 16, 17, 63, 64, 65]), st.integers(1, 300))
@@ -65,26 +64,17 @@ def test_the_error_is_at_most_half_the_widest_gap(
         assert (block <= quantized.absmax[i].item() * half_gap + 3e-7 * np.abs(weight).max()).all()
 
 
-@given(format=SYMMETRIC, block_size=BLOCKS, count=COUNTS, seed=SEEDS)
+@given(format=FORMATS, block_size=BLOCKS, count=COUNTS, seed=SEEDS)
 def test_quantizing_what_was_dequantized_changes_nothing(
     format: str, block_size: int, count: int, seed: int
 ) -> None:
     once = quantize(torch.from_numpy(weights(seed, count)), format, block_size, fitted=False)
     twice = quantize(once.dequantize(), format, block_size, fitted=False)
     assert torch.equal(once.codes, twice.codes)
-    assert torch.equal(once.absmax, twice.absmax)
-    assert torch.equal(once.dequantize(), twice.dequantize())
-
-
-@given(format=AFFINE, block_size=BLOCKS, count=COUNTS, seed=SEEDS)
-def test_quantizing_it_again_over_its_range_changes_rounding_alone(
-    format: str, block_size: int, count: int, seed: int
-) -> None:
-    once = quantize(torch.from_numpy(weights(seed, count)), format, block_size, fitted=False)
-    twice = quantize(once.dequantize(), format, block_size, fitted=False)
-    assert torch.equal(once.codes, twice.codes)
-    largest = once.dequantize().abs().max()
-    torch.testing.assert_close(twice.dequantize(), once.dequantize(), rtol=0, atol=3e-7 * float(largest))
+    # A range is measured between two levels, each rounded to float32; a largest weight is a level itself.
+    rounding = 3e-7 * float(once.dequantize().abs().max()) if get_format(format).affine else 0
+    torch.testing.assert_close(twice.dequantize(), once.dequantize(), rtol=0, atol=rounding)
+    torch.testing.assert_close(twice.absmax, once.absmax, rtol=0, atol=rounding)
 
 
 @given(format=FORMATS, block_size=BLOCKS, count=COUNTS, seed=SEEDS)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from architectures import ARCHITECTURES
 from torch import nn
+from zeroed import zeroed
 
 from graphprune.coupling.groups import node_groups
 from graphprune.errors import ShrinkError, ShrinkWarning
 from graphprune.shrink import norms
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
-from graphprune.shrink.weights import zero_weight
 from graphprune.trace.model import trace
 
 TOKENS = torch.arange(22).reshape(2, 11) % 29
-
-
-def zeroed(model, groups, plan):
-    twin, kept = copy.deepcopy(model), plan.kept(groups)
-    with torch.no_grad():
-        for name, parameter in twin.named_parameters():
-            parameter.copy_(zero_weight(name, parameter, groups, kept))
-    return twin
 
 
 def widths(groups, *of):

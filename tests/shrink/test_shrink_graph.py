@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from torch import nn
+from zeroed import zeroed
 
 from graphprune.certify.certificate import certify
 from graphprune.coupling.groups import node_groups
@@ -23,14 +23,6 @@ from graphprune.trace.model import trace
 
 def of_kind(groups, kind):
     return [name for name, group in groups.items() if group.kind == kind and group.prunable]
-
-
-def zeroed(model, groups, plan):
-    twin, kept = copy.deepcopy(model), plan.kept(groups)
-    with torch.no_grad():
-        for name, parameter in twin.named_parameters():
-            parameter.copy_(zero_weight(name, parameter, groups, kept))
-    return twin
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from zeroed import zeroed
 
 from graphprune.coupling.groups import node_groups
 from graphprune.errors import RecipeError, ShrinkError
@@ -16,7 +17,7 @@ from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
 from graphprune.shrink.program import Program
 from graphprune.shrink.resize import resize
-from graphprune.shrink.weights import named_weights, select_weight, zero_weight
+from graphprune.shrink.weights import named_weights, select_weight
 from graphprune.trace.model import trace
 
 RESHAPABLE = ("ffn", "attention_heads", "query_heads", "lora_rank")
@@ -25,15 +26,6 @@ RESHAPABLE = ("ffn", "attention_heads", "query_heads", "lora_rank")
 def logits(model, inputs):
     with torch.no_grad():
         return model(**inputs).logits
-
-
-def zeroed(traced, plan):
-    model = copy.deepcopy(traced.model)
-    kept = plan.kept(traced.groups)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(zero_weight(name, parameter, traced.groups, kept))
-    return model
 
 
 def uniform(traced, **removed):
@@ -60,7 +52,10 @@ def test_removing_is_zeroing_for_any_plan(adapted, data):
     plan = Plan(removed)
     small = shrink(adapted.model, adapted.groups, plan, adapted.inputs)
     torch.testing.assert_close(
-        logits(small, adapted.inputs), logits(zeroed(adapted, plan), adapted.inputs), atol=2e-5, rtol=1e-4
+        logits(small, adapted.inputs),
+        logits(zeroed(adapted.model, adapted.groups, plan), adapted.inputs),
+        atol=2e-5,
+        rtol=1e-4,
     )
 
 
@@ -71,7 +66,10 @@ def test_whole_key_heads_go_with_their_query_heads(llama):
     assert [m.weight.shape[0] for m in (layer.q_proj, layer.k_proj, layer.v_proj)] == [16, 8, 8]
     assert (layer.o_proj.in_features, layer.q_proj.out_features) == (16, 16)
     torch.testing.assert_close(
-        logits(small, llama.inputs), logits(zeroed(llama, plan), llama.inputs), atol=1e-5, rtol=1e-4
+        logits(small, llama.inputs),
+        logits(zeroed(llama.model, llama.groups, plan), llama.inputs),
+        atol=1e-5,
+        rtol=1e-4,
     )
 
 

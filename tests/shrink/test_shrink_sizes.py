@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from architectures import ARCHITECTURES
 from torch import nn
+from zeroed import zeroed
 
 from graphprune.coupling.groups import node_groups
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
-from graphprune.shrink.weights import zero_weight
 from graphprune.trace.model import trace
-
-
-def zeroed(model, groups, plan):
-    twin, kept = copy.deepcopy(model), plan.kept(groups)
-    with torch.no_grad():
-        for name, parameter in twin.named_parameters():
-            parameter.copy_(zero_weight(name, parameter, groups, kept))
-    return twin
 
 
 class Attending(nn.Module):

@@ -13,7 +13,7 @@ from onnx_models import GraphBuilder, genai_decoder
 from tiny_models import tiny_llama
 
 import graphprune
-from graphprune.errors import TraceError
+from graphprune.errors import TraceError, TraceWarning
 from graphprune.trace.graph import Value
 from graphprune.trace.onnx import trace_onnx
 from graphprune.trace.onnx_shapes import ShapeInference
@@ -243,6 +243,17 @@ def test_what_is_not_learned_is_a_buffer():
         "variance": "buffer",
         "frequencies": "buffer",
     }
+
+
+def test_constant_operands_that_a_node_refuses_are_warned_of():
+    build = GraphBuilder()
+    width = build.node("Gather", build.constant("widths", [2, 3]), build.constant("index", [5]))
+    shape = build.node("Concat", build.constant("rows", [-1]), width, axis=0)
+    model = build.model(X, [build.node("Reshape", "x", shape)])
+    with pytest.warns(TraceWarning, match=r"'Gather_0' \(Gather\).*out of bounds") as caught:
+        graph = trace_onnx(model)
+    assert len({str(warning.message) for warning in caught}) == 1
+    assert graph.operators[0].outputs[0].content is None
 
 
 def test_functions_are_inlined_in_a_copy():
