@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from quant.blockwise import check_weight, quantize
-from quant.calibration import Batch, collect_covariances, evaluation
+from quant.calibration import Batch, as_batches, collect_covariances, evaluation
 from quant.chain import find_chain
 from quant.config import LoftQConfig
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
+from quant.guidance import Loss, token_importance
 from quant.linear import QuantLinear
 from quant.loftq import loftq, relative_error
 from quant.quantized import QuantizedTensor
@@ -65,6 +66,7 @@ def loftq_model(
     config: LoftQConfig,
     batches: Iterable[Batch] | None = None,
     *,
+    loss: Loss | None = None,
     on_layer: Callable[[str, int, int], None] | None = None,
 ) -> tuple[nn.Module, list[LayerReport]]:
     """Replace the linear layers of a model by `QuantLinear` with LoftQ adapters, in place.
@@ -75,13 +77,15 @@ def loftq_model(
 
     With calibration batches each layer is fitted to the inputs that it will get: block after block, where the
     model is a chain of blocks, so that a layer sees what those before it have become; else all from one run of
-    the model as it was.
+    the model as it was. With a loss too, errors count by how much they would raise it.
 
     Args:
         model: Any module tree with real weights (not on the meta device).
         config: Formats, rank, and which layers.
         batches: What the model is called with: tensors, mappings of keyword arguments, or sequences of
             positional ones. A few dozen windows of ordinary text. None for LoftQ as published, without data.
+        loss: Of what the model returns, such as ``lambda output: output.loss`` where batches hold labels; its
+            gradients tell what each token counts. None for all alike.
         on_layer: Called after each layer with its name, how many are done, and how many there are.
 
     Returns:
@@ -91,6 +95,10 @@ def loftq_model(
         QuantError: No layer matches, or one cannot be quantized; the model is left as it was.
     """
     groups = _groups(model, config)
+    if loss is not None and batches is None:
+        raise QuantError(
+            "a loss without calibration batches", "pass `batches`, with labels if the loss needs them"
+        )
     if not groups:
         raise QuantError(
             f"no linear layer of this {type(model).__name__} is to be quantized",
@@ -111,7 +119,9 @@ def loftq_model(
                 on_layer(report.name, len(reports), total)
 
     del groups
-    covariances = {} if batches is None else _calibrate(model, list(batches), waiting, config, compress)
+    covariances = (
+        {} if batches is None else _calibrate(model, as_batches(batches), loss, waiting, config, compress)
+    )
     for name in list(waiting):
         compress(name, waiting[name].weight.detach(), covariances.get(name))
     return model, reports
@@ -120,6 +130,7 @@ def loftq_model(
 def _calibrate(
     model: nn.Module,
     batches: list[Batch],
+    loss: Loss | None,
     groups: dict[str, _SharedWeight],
     config: LoftQConfig,
     compress: Callable[[str, Tensor, Tensor | None], None],
@@ -130,8 +141,14 @@ def _calibrate(
         for name, group in groups.items()
         if not group.embeds and len(group.layers) == 1 and isinstance(layer := group.layers[name], nn.Linear)
     }
+    importance: dict[str, list[Tensor]] = {}
+    if loss is not None:
+        measured = token_importance(
+            model, batches, [name for name in groups if not groups[name].embeds], loss
+        )
+        importance = {name: found.calls for name, found in measured.items()}
     with evaluation(model):
-        chain = find_chain(model, batches, list(alone)) if batches else None
+        chain = find_chain(model, batches, list(alone))
         inside = (
             {}
             if chain is None
@@ -139,9 +156,9 @@ def _calibrate(
         )
         outside = [name for name, group in groups.items() if name not in inside and not group.embeds]
         # Before anything is compressed: these layers are fitted to the model as it was.
-        covariances = collect_covariances(model, batches, outside) if outside or not batches else {}
+        covariances = collect_covariances(model, batches, outside, importance) if outside else {}
         if chain is not None:
-            quantize_chain(chain, inside, config.propagation, compress)
+            quantize_chain(chain, inside, config.propagation, compress, importance)
     return covariances
 
 

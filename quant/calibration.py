@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 
 
 def collect_covariances(
-    model: nn.Module, batches: Iterable[Batch], names: Iterable[str]
+    model: nn.Module,
+    batches: Iterable[Batch],
+    names: Iterable[str],
+    importance: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Return the mean of ``x^T x`` over all inputs x that each layer gets while the model runs.
 
@@ -25,6 +29,7 @@ def collect_covariances(
         model: Run in evaluation mode without gradients.
         batches: What it is called with, in turn.
         names: Qualified names of the layers wanted; they take (..., in_features).
+        importance: What the inputs of each call of a layer count; those of layers that are not in it count 1.
 
     Returns:
         float32 (in_features, in_features) by name. Layers that no input reached are left out, such as experts
@@ -35,16 +40,34 @@ def collect_covariances(
     """
     modules = dict(model.named_modules())
     sums = {name: InputSum() for name in names}
-    count = 0
     with evaluation(model), ExitStack() as hooks, torch.no_grad():
         for name, total in sums.items():
-            hooks.enter_context(watched(modules[name], total.add))
-        for batch in batches:
+            rows = iter((importance or {}).get(name, ()))
+            hooks.enter_context(watched(modules[name], partial(_add_next, total, rows)))
+        for batch in as_batches(batches):
             call(model, batch)
-            count += 1
-    if not count:
-        raise QuantError("there is no calibration batch", "pass at least one, such as a tensor of token ids")
     return {name: total.mean() for name, total in sums.items() if total.rows}
+
+
+def as_batches(batches: Iterable[Batch]) -> list[Batch]:
+    """Return calibration batches as a list.
+
+    Raises:
+        QuantError: There is none, or one batch is given in place of several.
+    """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise QuantError(
+            f"the calibration batches are one {_described(batches)}",
+            "pass a list of batches, such as ids.split(4) for token ids (windows, length)",
+        )
+    found = list(batches)
+    if not found:
+        raise QuantError("there is no calibration batch", "pass at least one, such as a tensor of token ids")
+    return found
+
+
+def _add_next(total: InputSum, importance: Iterator[Tensor], inputs: Tensor) -> None:
+    total.add(inputs, importance=next(importance, None))
 
 
 class InputSum:
@@ -54,10 +77,19 @@ class InputSum:
         self.rows = 0
         self._total: Tensor | None = None
 
-    def add(self, inputs: Tensor, others: Tensor | None = None) -> None:
-        """Add inputs (..., in_features), and others of the same shape to pair them with."""
+    def add(self, inputs: Tensor, others: Tensor | None = None, importance: Tensor | None = None) -> None:
+        """Add inputs.
+
+        Args:
+            inputs: (..., in_features).
+            others: Of the same shape, to pair them with.
+            importance: (rows,), what each of them counts. Without it, or where the rows are others, such as
+                those that a router sends here by now, each counts 1.
+        """
         flat = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32)
         left = flat if others is None else others.detach().reshape(flat.shape).to(torch.float32)
+        if importance is not None and len(importance) == len(flat):
+            left = left * importance[:, None]
         if self._total is None:
             self._total = flat.new_zeros(flat.shape[1], flat.shape[1])
         self._total.addmm_(left.T, flat)
@@ -71,12 +103,29 @@ class InputSum:
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """Call a model with one calibration batch, and without a key-value cache where its forward can do so."""
+    """Call a model with one calibration batch, and without a key-value cache where its forward can do so.
+
+    Raises:
+        QuantError: The model cannot be run on it; the message ends with what the model itself says.
+    """
     keywords = dict(batch) if isinstance(batch, Mapping) else {}
-    arguments = () if isinstance(batch, Mapping) else (batch,) if isinstance(batch, Tensor) else tuple(batch)
+    arguments = (
+        () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
+    )
     if "use_cache" in inspect.signature(model.forward).parameters:
         keywords.setdefault("use_cache", False)
-    return model(*arguments, **keywords)
+    try:
+        return model(*arguments, **keywords)
+    except Exception as error:  # whatever a stranger's forward raises
+        raise QuantError(
+            f"{type(model).__name__} cannot be run on a calibration batch, a {_described(batch)}: {error}",
+            "pass batches that the model's forward takes, such as ids.split(4) for token ids (windows, length)",
+        ) from error
+
+
+def _described(batch: object) -> str:
+    shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
+    return f"{type(batch).__name__}{shape}"
 
 
 @contextmanager

@@ -111,11 +111,11 @@ def get_format(name: str | int) -> Format:
     Raises:
         QuantError: There is none; the message lists those that there are.
     """
-    if isinstance(name, int):
-        name = BEST_FORMATS.get(name, f"of {name} bits")
-    if name not in FORMATS:
-        raise QuantError(f"there is no format {name!r}", f"use one of {', '.join(format_names())}")
-    return FORMATS[name]
+    found = FORMATS.get(BEST_FORMATS.get(name, "") if isinstance(name, int) else name)
+    if found is None:
+        which = f"of {name} bits" if isinstance(name, int) else repr(name)
+        raise QuantError(f"there is no format {which}", f"use one of {', '.join(format_names())}")
+    return found
 
 
 def format_names() -> tuple[str, ...]:

@@ -9,11 +9,12 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from quant.calibration import Batch, collect_covariances
+from quant.calibration import Batch, as_batches, collect_covariances
 from quant.codebooks import get_format
 from quant.config import LoftQConfig
 from quant.covariance import InputNorm
 from quant.errors import QuantError
+from quant.guidance import Importance, Loss, token_importance
 from quant.loftq import loftq
 
 Formats = tuple[tuple[str, str | int], ...]
@@ -26,7 +27,7 @@ class Choice:
     Attributes:
         format: Name of the format.
         nbytes: Codes, scales and adapters.
-        loss: Squared relative error after LoftQ, times the layer's share of the weights.
+        loss: Squared relative error after LoftQ, times what the layer counts.
     """
 
     format: str
@@ -80,12 +81,15 @@ def mix_for_budget(
     nbytes: int,
     formats: Sequence[str | int] = ("uint2", "uint3", "nf4"),
     batches: Iterable[Batch] | None = None,
+    *,
+    loss: Loss | None = None,
     on_layer: Callable[[str, int, int], None] | None = None,
 ) -> Mix:
     """Choose a format for each linear layer so that all fit into a number of bytes and lose the least.
 
     Every layer is put through LoftQ in every format, and its squared relative error measured, that of its
-    outputs where there are calibration batches. The layers then take, one step at a time, the wider format that
+    outputs where there are calibration batches. It counts by the layer's share of the weights; with a loss, by
+    how much the error would raise it, to second order. The layers then take, one step at a time, the wider format that
     saves the most error for its bytes: the best choice for the bytes it ends with, up to one layer.
 
     Args:
@@ -94,6 +98,7 @@ def mix_for_budget(
         nbytes: Budget for codes, scales and adapters of these layers, in float32 adapters.
         formats: What a layer may take.
         batches: Calibration text as in `loftq_model`.
+        loss: As in `loftq_model`.
         on_layer: Called after each layer with its name, how many are done, and how many there are.
 
     Raises:
@@ -106,14 +111,27 @@ def mix_for_budget(
     }
     if not layers:
         raise QuantError(f"no linear layer of this {type(model).__name__} is to be mixed", "widen `include`")
-    covariances = {} if batches is None else collect_covariances(model, batches, layers)
-    weights = sum(layer.weight.numel() for layer in layers.values())
+    if not formats:
+        raise QuantError("there is no format to choose from", "give at least one in `formats`")
+    text = None if batches is None else as_batches(batches)
+    importance = None if text is None or loss is None else token_importance(model, text, layers, loss)
+    calls = {name: found.calls for name, found in (importance or {}).items()}
+    covariances = {} if text is None else collect_covariances(model, text, layers, calls)
+    total = sum(layer.weight.numel() for layer in layers.values())
     measured = {}
     for done, (name, layer) in enumerate(layers.items(), start=1):
-        share = layer.weight.numel() / weights
+        weight = layer.weight.detach()
+        if importance is None:
+            counts = weight.numel() / total
+        else:
+            counts = _loss_of_all(weight, covariances.get(name), importance.get(name))
         choices = [
             _measure(
-                name, layer.weight, share, replace(config, format=format, formats=()), covariances.get(name)
+                name,
+                weight,
+                counts,
+                replace(config, format=format, formats=()),
+                covariances.get(name),
             )
             for format in formats
         ]
@@ -123,8 +141,16 @@ def mix_for_budget(
     return _choose(measured, nbytes)
 
 
+def _loss_of_all(weight: Tensor, covariance: Tensor | None, importance: Importance | None) -> float:
+    """Return how much the loss would rise, to second order and up to a factor, if the layer put out nothing."""
+    if covariance is None or importance is None:
+        return 0.0
+    rows = sum(len(call) for call in importance.calls)
+    return importance.scale * rows * float(((weight @ covariance) * weight).sum())
+
+
 def _measure(
-    name: str, weight: Tensor, share: float, config: LoftQConfig, covariance: Tensor | None
+    name: str, weight: Tensor, counts: float, config: LoftQConfig, covariance: Tensor | None
 ) -> Choice:
     result = loftq(
         weight,
@@ -138,7 +164,7 @@ def _measure(
         name=name,
     )
     nbytes = result.quantized.nbytes + result.lora_A.nbytes + result.lora_B.nbytes
-    return Choice(format=result.quantized.format, nbytes=nbytes, loss=share * min(result.errors) ** 2)
+    return Choice(format=result.quantized.format, nbytes=nbytes, loss=counts * min(result.errors) ** 2)
 
 
 def _worth_having(choices: Iterable[Choice]) -> list[Choice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +39,7 @@ def quantize_chain(
     layers: Mapping[str, nn.Linear],
     propagation: float,
     compress: Compress,
+    importance: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> None:
     """Measure and compress the layers of a chain, in place, in the order in which they run.
 
@@ -50,7 +51,9 @@ def quantize_chain(
         layers: The layers to compress, by qualified name; those outside the chain are ignored.
         propagation: The share: 0 keeps each weight as its target, 1 trusts the calibration text fully.
         compress: Called once for each layer in the chain; it puts a compressed layer in its place.
+        importance: What the inputs of each call of a layer count; those of layers that are not in it count 1.
     """
+    weighted = importance or {}
     dense, quantized = list(chain.hidden), list(chain.hidden)
     for index, block in enumerate(chain.blocks):
         prefix = f"{chain.name}.{index}."
@@ -62,9 +65,11 @@ def quantize_chain(
         together = [stages] if len(stages) > MOST_STAGES else [[stage] for stage in stages]
         for group in together:
             live = {stage.first: _linear(block, stage.first.removeprefix(prefix)) for stage in group}
-            sums = _run_quantized(block, live, group, quantized, chain.calls[index])
+            sums = _run_quantized(block, live, group, quantized, chain.calls[index], weighted)
             for stage in group:
-                _compress_stage(stage, *sums[stage.first], propagation, compress)
+                for name in stage.layers:
+                    measured = sums.get(name, sums[stage.first])
+                    _compress_layer(name, stage.layers[name], measured, propagation, compress)
         for name in inside.keys() - {name for stage in stages for name in stage.layers}:
             compress(name, inside[name].weight, None)
         quantized = [
@@ -102,37 +107,53 @@ def _run_quantized(
     stages: list[_Stage],
     hidden: list[Tensor],
     calls: list[BlockCall],
-) -> dict[str, tuple[InputSum, InputSum]]:
-    """Return what the first layer of each stage gets: its second moment, and that with its dense inputs."""
-    sums = {stage.first: (InputSum(), InputSum()) for stage in stages}
-    left = {stage.first: iter(stage.dense_inputs) for stage in stages}
+    importance: Mapping[str, Sequence[Tensor]],
+) -> dict[str, _Measured]:
+    """Return what each stage gets, under its first layer's name, and under those of others with an importance."""
+    sums: dict[str, _Measured] = {}
 
-    def saw(name: str, inputs: Tensor) -> None:
-        own, cross = sums[name]
-        own.add(inputs)
-        dense = next(left[name], None)
-        # Under routing the quantized model may send an expert other tokens than the dense one did.
-        if dense is not None and dense.shape == inputs.shape:
-            cross.add(inputs, dense)
+    def watch(stage: _Stage) -> Callable[[Tensor], None]:
+        names = [name for name in stage.layers if name == stage.first or name in importance]
+        sums.update({name: _Measured() for name in names})
+        dense_calls = iter(stage.dense_inputs)
+        counts = {name: iter(importance.get(name, ())) for name in names}
+
+        def saw(inputs: Tensor) -> None:
+            dense = next(dense_calls, None)
+            for name in names:
+                sums[name].add(inputs, dense, next(counts[name], None))
+
+        return saw
 
     with ExitStack() as hooks:
-        for name, layer in live.items():
-            hooks.enter_context(watched(layer, partial(saw, name)))
+        for stage in stages:
+            hooks.enter_context(watched(live[stage.first], watch(stage)))
         for each, state in zip(calls, hidden, strict=True):
             each.run(block, state)
     return sums
 
 
-def _compress_stage(
-    stage: _Stage, own: InputSum, cross: InputSum, propagation: float, compress: Compress
+class _Measured:
+    """The second moment of what a layer gets, and that with what it got in the dense model."""
+
+    def __init__(self) -> None:
+        self.own, self.cross = InputSum(), InputSum()
+
+    def add(self, inputs: Tensor, dense: Tensor | None, importance: Tensor | None) -> None:
+        self.own.add(inputs, importance=importance)
+        # Under routing the quantized model may send an expert other tokens than the dense one did.
+        if dense is not None and dense.shape == inputs.shape:
+            self.cross.add(inputs, dense, importance)
+
+
+def _compress_layer(
+    name: str, layer: nn.Linear, measured: _Measured, propagation: float, compress: Compress
 ) -> None:
+    own, cross, target = measured.own, measured.cross, layer.weight.detach()
     covariance = own.mean() if own.rows else None
-    paired = covariance is not None and cross.rows == own.rows and propagation > 0
-    for name, layer in stage.layers.items():
-        target = layer.weight.detach()
-        if covariance is not None and paired:
-            target = propagated_target(target, covariance, cross.mean(), propagation)
-        compress(name, target, covariance)
+    if covariance is not None and cross.rows == own.rows and propagation > 0:
+        target = propagated_target(target, covariance, cross.mean(), propagation)
+    compress(name, target, covariance)
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quant
@@ -29,17 +30,28 @@ from graphprune.source.demo import demo_folder
 from graphprune.source.perplexity import perplexity, torch_logits
 from graphprune.source.text import Windows, cut_windows, read_text
 
+MIX_FORMATS, MIX_BATCHES = ("uint2", "uint3", "uint4"), 12
 DATA = Path(__file__).parents[1] / "data"
 FIRST_THIRD = tuple((rf"layers\.{index}\.", "nf4") for index in range(10))
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One initialization: a name and what differs from the defaults."""
+    """One initialization.
+
+    Attributes:
+        name: Shown, and how a finished row is known.
+        settings: What differs from the defaults of `LoftQConfig`.
+        calibrated: Whether calibration text is used.
+        guided: Whether errors count by the language model's loss.
+        bits: Budget of a mix of formats, in bits a weight without adapters; None for `settings` as they are.
+    """
 
     name: str
     settings: dict[str, Any]
     calibrated: bool = False
+    guided: bool = False
+    bits: float | None = None
 
 
 def cases() -> list[Case]:
@@ -61,8 +73,9 @@ def cases() -> list[Case]:
     found.append(Case("nf4: calibrated", {"format": "nf4", **double}, calibrated=True))
     found.append(Case("uint3: calibrated", {"format": "uint3", **double}, calibrated=True))
     found.append(Case("uint2: calibrated", {"format": "uint2", **double}, calibrated=True))
-    small = {"format": "uint2", "block_size": 32, **double}
-    found.append(Case("uint2, blocks of 32: calibrated", small, calibrated=True))
+    found.append(Case("uint2: guided", {"format": "uint2", **double}, calibrated=True, guided=True))
+    mixed = {"iterations": 3, "scale_storage": "double"}
+    found.append(Case("2.6 bits: guided mix", mixed, calibrated=True, guided=True, bits=2.6))
     return found
 
 
@@ -100,12 +113,30 @@ class Bench:
         """Return the perplexity on the evaluation windows."""
         return perplexity(torch_logits(model), self.evaluate)
 
+    def mix(
+        self, model: Any, config: quant.LoftQConfig, bits: float, batches: list[Any], loss: Any
+    ) -> tuple[tuple[str, str | int], ...]:
+        """Return the formats that lose the least at this many bits a weight, by one step of LoftQ each."""
+        layers = [
+            layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear) and config.includes(name)
+        ]
+        weights = sum(layer.weight.numel() for layer in layers)
+        adapters = sum(4 * config.rank * sum(layer.weight.shape) for layer in layers)
+        budget = int(bits * weights / 8) + adapters
+        quick = replace(config, iterations=1)
+        return quant.mix_for_budget(model, quick, budget, MIX_FORMATS, batches, loss=loss).formats
+
     def run(self, case: Case, seed: int) -> dict[str, Any]:
         """Quantize, measure, train, measure."""
         model, start = self.model(), time.process_time()
         config = quant.LoftQConfig(rank=16, seed=seed, exclude=("lm_head",), **case.settings)
-        batches = self.calibrate.ids.split(4) if case.calibrated else None
-        quant.loftq_model(model, config, batches)
+        batches = [{"input_ids": ids, "labels": ids} for ids in self.calibrate.ids.split(2)]
+        loss = _loss if case.guided else None
+        if case.bits is not None:
+            config = replace(config, formats=self.mix(model, config, case.bits, batches[:MIX_BATCHES], loss))
+        quant.loftq_model(model, config, batches if case.calibrated else None, loss=loss)
         seconds = time.process_time() - start
         packed = [module for module in model.modules() if isinstance(module, quant.QuantLinear)]
         weights = sum(layer.in_features * layer.out_features for layer in packed)
@@ -157,6 +188,10 @@ def main() -> None:
     for row in rows:
         table.add_row(*(_shown(row.get(column, "")) for column in columns))
     Console(width=150).print(table)
+
+
+def _loss(output: Any) -> Any:
+    return output.loss
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

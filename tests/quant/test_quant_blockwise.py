@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from quant import QuantError, QuantizedTensor, format_names, get_format, quantize
+from quant import QuantError, QuantizedTensor, blockwise, fit, format_names, get_format, quantize
+from quant.fit import fitted_scales
+from quant.scales import DOUBLE_BLOCK, dynamic_levels, store_scales
 
 FORMATS = st.sampled_from(format_names())
 SYMMETRIC = st.sampled_from([name for name in format_names() if not get_format(name).affine])
@@ -91,8 +93,10 @@ def test_fitted_scales_are_never_worse_than_covering_ones(
     assert all(after <= before + more for before, after, more in zip(*squares, slack, strict=True))
 
 
-def test_a_fitted_block_is_near_the_best_of_a_dense_search() -> None:
-    blocks = np.random.default_rng(0).standard_normal((40, 64))
+@pytest.mark.parametrize("skewed", [False, True])
+def test_a_fitted_block_is_near_the_best_of_a_dense_search(skewed: bool) -> None:
+    generator = np.random.default_rng(0)
+    blocks = generator.exponential(size=(40, 64)) - 1 if skewed else generator.standard_normal((40, 64))
     levels = get_format("uint2").levels.double().numpy()
     found = quantize(torch.from_numpy(blocks), "uint2", 64).dequantize(torch.float64).numpy()
     errors = np.square(blocks - found).sum(axis=1)
@@ -101,8 +105,32 @@ def test_a_fitted_block_is_near_the_best_of_a_dense_search() -> None:
     assert errors.sum() <= 1.05 * best.sum()
 
 
+@pytest.mark.parametrize("format", format_names())
+def test_work_in_chunks_changes_nothing(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = torch.randn(30, 17, generator=torch.Generator().manual_seed(0)) + 0.3
+    at_once = quantize(drawn, format, 16)
+    for module in (fit, blockwise):
+        monkeypatch.setattr(module, "CHUNK", 16 * 3)
+    in_chunks = quantize(drawn, format, 16)
+    assert torch.equal(at_once.codes, in_chunks.codes)
+    assert torch.equal(at_once.dequantize(), in_chunks.dequantize())
+
+
+@pytest.mark.parametrize("format", ["nf2", "uint2"])
+def test_blocks_are_fitted_each_by_its_own_importance(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randn(50, 16, generator=generator)
+    importance = torch.rand(50, 16, generator=generator) ** 4
+    monkeypatch.setattr(fit, "CHUNK", 16 * 7)
+    found = fitted_scales(blocks, get_format(format), importance)
+    for i in range(50):
+        alone = fitted_scales(blocks[i : i + 1], get_format(format), importance[i])
+        for one, of_all in zip(alone, found, strict=True):
+            assert one is None if of_all is None else torch.allclose(one[0], of_all[i], rtol=1e-6)
+
+
 def _least_error(block: np.ndarray, levels: np.ndarray) -> float:
-    scales, offsets = np.linspace(0.7, 2.4, 60), np.linspace(-0.8, 0.8, 60)
+    scales, offsets = np.linspace(0.7, 2.4, 60), np.linspace(-0.8, 1.6, 90)
     return min(
         np.square(block - _snapped(block, levels * scale + offset)).sum()
         for scale in scales
@@ -116,9 +144,11 @@ def _snapped(block: np.ndarray, levels: np.ndarray) -> np.ndarray:
 
 @given(format=FORMATS, storage=STORAGE, seed=SEEDS)
 def test_rows_of_whole_blocks_are_taken_without_dequantizing(format: str, storage: str, seed: int) -> None:
-    drawn = torch.randn(40, 48, generator=torch.Generator().manual_seed(seed))
-    quantized = quantize(drawn, format, 16, scale_storage=storage)
-    index = torch.tensor([3, 39, 3, 0])
+    drawn = torch.randn(100, 48, generator=torch.Generator().manual_seed(seed))
+    quantized = quantize(
+        drawn, format, 16, scale_storage=storage
+    )  # 300 scales, of which 256 share one of theirs
+    index = torch.tensor([3, 99, 3, 85, 0])
     assert torch.equal(quantized.rows(index).dequantize(), quantized.dequantize()[index])
     with pytest.raises(QuantError, match="cross rows"):
         quantize(drawn, format, 64).rows(index)
@@ -241,6 +271,20 @@ def test_stored_scales_cost_little(format: str, storage: str, seed: int) -> None
     each = {"float32": 4, "float16": 2, "double": 1}[storage]
     numbers = (2 if get_format(format).affine else 1) * (64 * each + (8 if storage == "double" else 0))
     assert stored.nbytes == 64 * 64 * get_format(format).bits // 8 + numbers
+
+
+@given(count=st.integers(1, 600), seed=SEEDS)
+def test_doubly_quantized_scales_take_the_nearest_level(count: int, seed: int) -> None:
+    scales = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    stored = store_scales(scales, "double")
+    assert stored.absmax is not None
+    assert stored.mean is not None
+    for start in range(0, count, DOUBLE_BLOCK):
+        part = scales[start : start + DOUBLE_BLOCK]
+        levels = dynamic_levels() * stored.absmax[start // DOUBLE_BLOCK] + stored.mean
+        nearest = (part[:, None] - levels).abs().amin(dim=1)
+        error = (stored.values()[start : start + DOUBLE_BLOCK] - part).abs()
+        assert (error <= nearest + 1e-6).all()
 
 
 def test_scales_that_float16_cannot_hold_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from quant import LoftQConfig, QuantError, QuantLinear, collect_covariances, loftq_model
 from quant.chain import find_chain
+from quant.covariance import propagated_target
 from quant.sequential import quantize_chain
 
 
@@ -154,7 +156,7 @@ def test_calibration_beats_loftq_on_text_it_did_not_see() -> None:
 
 def test_each_layer_is_measured_after_those_before_it_are_compressed() -> None:
     """What reaches `compress` is compared with the inputs that the half-compressed model really gives."""
-    model = Model(blocks=2).eval()
+    model = Model(blocks=3).eval()
     dense = copy.deepcopy(model)
     layers = {name: layer for name, layer in linears(model).items() if name != "head"}
     chain = find_chain(model, batches(), list(layers))
@@ -185,7 +187,19 @@ def test_each_layer_is_measured_after_those_before_it_are_compressed() -> None:
         order.append(name)
 
     quantize_chain(chain, layers, 1.0, compress)
-    assert order == [f"blocks.{i}.{name}" for i in range(2) for name in ("gate", "up", "down")]
+    assert order == [f"blocks.{i}.{name}" for i in range(3) for name in ("gate", "up", "down")]
+
+
+def test_a_share_of_the_shift_is_taken_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, before = torch.randn(5, 8, generator=generator), torch.randn(200, 8, generator=generator)
+    after = before + 0.3 * torch.randn(200, 8, generator=generator)
+    moments = after.T @ after / 200, before.T @ after / 200
+    none, half, whole = (propagated_target(weight, *moments, strength) for strength in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(none, weight)
+    torch.testing.assert_close(half, (none + whole) / 2)
+    least = torch.linalg.lstsq(after.double(), before.double() @ weight.double().T).solution.T
+    torch.testing.assert_close(whole.double(), least, rtol=0.02, atol=0.02)  # damped by 1 %
 
 
 def test_the_scaling_of_lora_leaves_the_product_right() -> None:
@@ -213,3 +227,20 @@ def test_layers_do_not_depend_on_which_others_are_taken() -> None:
     assert torch.equal(all_layers.blocks[2].up.lora_A, one.blocks[2].up.lora_A)
     other, _ = loftq_model(Model(), LoftQConfig(rank=2, block_size=16, iterations=0, seed=1))
     assert not torch.equal(all_layers.blocks[2].up.lora_A, other.blocks[2].up.lora_A)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ([], "no calibration batch"),
+        (torch.zeros(2, 5), r"one Tensor of shape \(2, 5\)"),
+        ([torch.zeros(2, 5)], r"cannot be run on a calibration batch, a Tensor of shape \(2, 5\): "),
+        ([{"words": 1}], "a dict: .*words"),
+        (["words"], "a str: "),
+    ],
+)
+def test_text_that_the_model_cannot_read_is_refused(text: Any, match: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 8))
+    with pytest.raises(QuantError, match=match):
+        loftq_model(model, LoftQConfig(rank=2), text)
+    assert isinstance(model[0], nn.Linear)
