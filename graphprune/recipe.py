@@ -83,6 +83,9 @@ class Quantize(_Section):
     calibration_windows: Steps = Field(
         default=0, description="windows of the training text that layers are fitted to; 0: LoftQ as published"
     )
+    guided: Switch = Field(
+        default=True, description="with calibration windows, let errors count by how much they raise the loss"
+    )
     scale_storage: Literal["float32", "float16", "double"] = Field(
         default="float32", description="of the blocks' scales; double quantizes them too"
     )

@@ -147,10 +147,15 @@ def quantize_stage(session: Session) -> str:
         embedding_format=settings.embedding,
     )
     count = settings.calibration_windows
-    batches = session.inputs.train.drawn(count, session.recipe.seed).split(4) if count else None
+    windows = session.inputs.train.drawn(count, session.recipe.seed)
+    batches = [{"input_ids": ids, "labels": ids} for ids in windows.split(4)] if count else None
     with session.reporter.task("LoftQ") as tick:
         _, layers = loftq_model(
-            model, config, batches, on_layer=lambda name, done, total: tick(done, name, total)
+            model,
+            config,
+            batches,
+            loss=(lambda output: output.loss) if count and settings.guided else None,
+            on_layer=lambda name, done, total: tick(done, name, total),
         )
     model.eval()
     with replacing(session.path("quant")) as temporary:

@@ -141,6 +141,32 @@ def test_the_adapter_opens_in_peft_on_the_base_that_it_names(finished):
         )
 
 
+def test_layers_are_quantized_as_the_recipe_says(finished, bench):
+    """Its section as arguments of `loftq_model`, on the pruned model and the windows that the seed draws."""
+    from transformers import AutoModelForCausalLM
+
+    from graphprune.pipeline.inputs import open_inputs
+    from graphprune.recipe import load_recipe
+    from quant import LoftQConfig, QuantLinear, loftq_model
+    from quant.storage import load_quantized_
+
+    folder, _ = finished
+    found, expected = (AutoModelForCausalLM.from_pretrained(folder / "model").eval() for _ in range(2))
+    load_quantized_(found, folder / "quant")
+    train = open_inputs(load_recipe(bench.recipe), bench.recipe.parent).train
+    config = LoftQConfig(
+        rank=4, block_size=16, iterations=2, scale_storage="double", seed=3, embedding_format="int8"
+    )
+    text = [{"input_ids": ids, "labels": ids} for ids in train.drawn(4, 3).split(4)]
+    loftq_model(expected, config, text, loss=lambda output: output.loss)
+    layers = [name for name, module in expected.named_modules() if isinstance(module, QuantLinear)]
+    assert len(layers) > 7
+    for name in layers:
+        ours, theirs = found.get_submodule(name).quantized, expected.get_submodule(name).quantized
+        assert ours.scales.storage == theirs.scales.storage
+        assert torch.equal(ours.dequantize(), theirs.dequantize())
+
+
 def test_a_second_run_reuses_every_stage(finished, bench, monkeypatch):
     folder, first = finished
     before = content(folder / "onnx")
