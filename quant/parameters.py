@@ -144,11 +144,26 @@ def pack_parameter_(
             "pass the packed parameter itself, or set `transposed` where it is (in_features, out_features)",
         )
     packed = PackedParameter(quantized, lora_A, lora_B, scaling, transposed, parameter.dtype)
+    place_parameter_(model, name, packed)
+    return packed
+
+
+def place_parameter_(model: nn.Module, name: str, packed: PackedParameter) -> None:
+    """Put a packed parameter in the place of a parameter of its shape, wherever modules share that one.
+
+    Args:
+        model: Any module.
+        name: Qualified name of the parameter.
+        packed: In its place.
+
+    Raises:
+        QuantError: There is no such parameter.
+    """
+    parameter = _parameter(model, name)
     for holder in list(model.modules()):
         for key, held in list(holder._parameters.items()):
             if held is parameter:
                 _parametrize_(holder, key, packed)
-    return packed
 
 
 def loftq_parameter_(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from quant.errors import QuantError
 from quant.loftq import LoftQResult, loftq
 from quant.quantized import QuantizedTensor
-from quant.scales import Storage
+from quant.scales import Scales, Storage
 
 
 def loftq_stack(
@@ -87,16 +88,43 @@ def check_stackable(weight: Tensor, block_size: int, scale_storage: Storage, nam
         )
 
 
-def _stacked(results: Sequence[LoftQResult]) -> LoftQResult:
-    """Lay the parts of all matrices end to end: that is what quantizing the whole stack would store."""
-    first = results[0].quantized
-    parts = [result.quantized.parts() for result in results]
-    quantized = QuantizedTensor.from_parts(
+def join_stack(matrices: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Return packed matrices as one packed stack of the very same values.
+
+    Scales that are quantized twice become float32, since those of a stack cannot be.
+
+    Args:
+        matrices: Of one shape, format and block size; each a whole number of blocks.
+
+    Raises:
+        QuantError: They differ, or are no whole number of blocks.
+    """
+    first = matrices[0]
+    kinds = {(each.shape, each.format, each.block_size) for each in matrices}
+    if len(kinds) > 1 or math.prod(first.shape) % first.block_size:
+        raise QuantError(
+            f"matrices of {sorted(kinds)} cannot be stored as one stack",
+            "pack all alike, with a block size that divides their number of weights",
+        )
+    parts = [_decoded(each).parts() for each in matrices]
+    return QuantizedTensor.from_parts(
         {key: torch.cat([part[key] for part in parts]) for key in parts[0]},
-        shape=(len(results), *first.shape),
+        shape=(len(matrices), *first.shape),
         format=first.format,
         block_size=first.block_size,
     )
+
+
+def _decoded(packed: QuantizedTensor) -> QuantizedTensor:
+    if packed.scales.storage != "double":
+        return packed
+    offsets = None if packed.offsets is None else Scales(stored=packed.offsets.values())
+    return replace(packed, scales=Scales(stored=packed.scales.values()), offsets=offsets)
+
+
+def _stacked(results: Sequence[LoftQResult]) -> LoftQResult:
+    """Lay the parts of all matrices end to end: that is what quantizing the whole stack would store."""
+    quantized = join_stack([result.quantized for result in results])
     squares = zip(*[[error**2 for error in result.errors] for result in results], strict=True)
     return LoftQResult(
         quantized=quantized,

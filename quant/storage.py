@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,68 +15,28 @@ from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.files import import_safetensors, replace_file, sha256
 from quant.linear import QuantLinear
-from quant.packed import PackedWeight
 from quant.parameters import PackedParameter
-from quant.quantized import PART_NAMES, QuantizedTensor
-from quant.ternary import PackedExperts
-from quant.tree import replace_module_
+from quant.quantized import PART_NAMES
+from quant.stack import join_stack
+from quant.stored import TERNARY, Packed, Slot, StoredLayer, describe, find_slot, packed_weights
+from quant.ternary import PackedExperts, TernaryTensor
+from quant.ternary.tensor import PART_NAMES as TERNARY_PARTS
 
 SCHEMA = "graphprune.quant/1"
 TENSORS_FILE, INDEX_FILE = "quant.safetensors", "quant.json"
 REMEDY = "quantize the model again and save it with save_quantized"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredLayer:
-    """One entry of `quant.json`.
-
-    Attributes:
-        kind: "linear" or "embedding".
-        format: Name of the format.
-        block_size: Consecutive weights that share a scale.
-        shape: Shape of the weight.
-        rank: Rank of the adapters, 0 without any.
-        scaling: Factor of the adapters' product.
-        tied_to: The layer that holds the tensors which this one lacks in the file, since both share them.
-    """
-
-    kind: str
-    format: str
-    block_size: int
-    shape: tuple[int, ...]
-    rank: int
-    scaling: float
-    tied_to: str | None = None
-
-    def entry(self) -> dict[str, Any]:
-        """Return the entry as JSON holds it."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-    @classmethod
-    def from_entry(cls, entry: dict[str, Any]) -> StoredLayer:
-        """Return the layer of a JSON entry; KeyError, TypeError or ValueError where it is malformed."""
-        return cls(
-            kind=str(entry["kind"]),
-            format=str(entry["format"]),
-            block_size=int(entry["block_size"]),
-            shape=tuple(int(size) for size in entry["shape"]),
-            rank=int(entry["rank"]),
-            scaling=float(entry["scaling"]),
-            tied_to=entry.get("tied_to"),
-        )
-
-
 def save_quantized(model: nn.Module, folder: Path | str) -> None:
-    """Write all `QuantLinear` and `QuantEmbedding` layers of a model, bit for bit; shared tensors once.
+    """Write all packed layers, parameters and experts of a model, bit for bit; shared tensors once.
 
     Args:
-        model: Any module tree; its other layers are not written.
+        model: Any module tree; what is not packed is not written.
         folder: Where `quant.safetensors` and `quant.json` go; created.
 
     Raises:
         QuantError: The model has no packed layer.
     """
-    _check_all_are_stored(model)
     layers, tensors = _collect(model)
     if not layers:
         raise QuantError(f"this {type(model).__name__} has no packed layer", "call loftq_model first")
@@ -96,32 +55,37 @@ def save_quantized(model: nn.Module, folder: Path | str) -> None:
 
 
 def load_quantized_(model: nn.Module, folder: Path | str) -> None:
-    """Put the layers that `save_quantized` wrote into a model of the same shapes, in place.
+    """Put the weights that `save_quantized` wrote into a model of the same shapes, in place.
 
     Args:
         model: A tree with `nn.Linear` and `nn.Embedding` layers (float, or on the meta device) or packed ones
-            at the names stored. The new layers take the device of the old, or the CPU in place of meta.
+            at the names stored, and parameters where parameters were packed. What is new takes the device of the
+            old, or the CPU in place of meta.
         folder: What `save_quantized` wrote.
 
     Raises:
         QuantError: A file is missing, damaged, or does not fit the model, which is then left as it was.
     """
     layers, tensors = _read(Path(folder))
-    modules = dict(model.named_modules(remove_duplicate=False))
-    built: dict[str, PackedWeight] = {}
-    for name in sorted(layers, key=lambda name: (layers[name].tied_to is not None, name)):
-        old = modules.get(name)
-        if old is None or _kind_and_shape(old) != (layers[name].kind, layers[name].shape):
-            found = "nothing" if old is None else f"a {type(old).__name__} of shape {_kind_and_shape(old)[1]}"
-            raise QuantError(
-                f"{name} is {found} in the model, but a stored {layers[name].kind} {layers[name].shape}",
-                "build the model with the shapes that were saved",
-            )
-        built[name] = _build(name, layers[name], tensors, built, old)
+    stacks = _stacks(model, layers)
+    single = [name for name in layers if not any(name in members for members in stacks.values())]
+    built: dict[str, tuple[Slot, Packed]] = {}
+    for name in sorted(single, key=lambda name: (layers[name].tied_to is not None, name)):
+        slot = find_slot(model, name, layers[name])
+        owner = built.get(layers[name].tied_to or "", (None, None))[1]
+        built[name] = slot, _build(name, layers[name], tensors, owner, slot)
+    for name, members in stacks.items():
+        built[name] = _build_stack(model, name, {member: layers[member] for member in members}, tensors)
+    biases = {
+        name: tensors.take(f"{name}.bias") for name, (slot, _) in built.items() if slot.holder is not None
+    }
     if tensors.keys():
         raise QuantError(f"{TENSORS_FILE} holds {', '.join(tensors.keys()[:5])} of no layer", REMEDY)
-    for name, new in built.items():
-        replace_module_(model, modules[name], new)
+    for name, (slot, packed) in built.items():
+        slot.put(packed)
+        bias = biases.get(name)
+        if slot.holder is not None and bias is not None:
+            slot.holder.register_parameter("bias", nn.Parameter(bias.to(slot.device), requires_grad=False))
 
 
 def _collect(model: nn.Module) -> tuple[dict[str, StoredLayer], dict[str, Tensor]]:
@@ -130,21 +94,10 @@ def _collect(model: nn.Module) -> tuple[dict[str, StoredLayer], dict[str, Tensor
     tensors: dict[str, Tensor] = {}
     owners: dict[int, str] = {}
     held: set[int] = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, (QuantLinear, QuantEmbedding)):
-            continue
-        owner = owners.setdefault(id(module.codes), name)
-        linear = module if isinstance(module, QuantLinear) else None
-        layers[name] = StoredLayer(
-            kind="linear" if linear else "embedding",
-            format=module.format,
-            block_size=module.block_size,
-            shape=module.shape,
-            rank=linear.rank if linear else 0,
-            scaling=linear.scaling if linear else 1.0,
-            tied_to=None if owner == name else owner,
-        )
-        for key, tensor in module.state_dict(keep_vars=True).items():
+    for name, packed in packed_weights(model).items():
+        owner = owners.setdefault(id(packed.get_buffer("codes")), name)
+        layers[name] = describe(packed, None if owner == name else owner)
+        for key, tensor in packed.state_dict(keep_vars=True).items():
             if id(tensor) not in held:
                 held.add(id(tensor))
                 tensors[f"{name}.{key}"] = tensor.detach().contiguous()
@@ -152,45 +105,70 @@ def _collect(model: nn.Module) -> tuple[dict[str, StoredLayer], dict[str, Tensor
 
 
 def _build(
-    name: str, layer: StoredLayer, tensors: _StoredTensors, built: dict[str, PackedWeight], old: nn.Module
-) -> PackedWeight:
-    """Return the packed layer that replaces `old`, and take its tensors out of `tensors`."""
-    device, dtype = _placement(old)
-    owner = built.get(layer.tied_to) if layer.tied_to is not None else None
+    name: str, layer: StoredLayer, tensors: _StoredTensors, owner: Packed | None, slot: Slot
+) -> Packed:
+    """Return a packed weight for a slot, and take its tensors out of `tensors`."""
 
     def take(key: str) -> Tensor | None:
         tensor = tensors.take(f"{name}.{key}")
-        return getattr(owner, key, None) if tensor is None else tensor.to(device)
+        return getattr(owner, key, None) if tensor is None else tensor.to(slot.device)
 
-    parts = {key: part for key in PART_NAMES if (part := take(key)) is not None}
+    names = TERNARY_PARTS if layer.format == TERNARY else PART_NAMES
     try:
-        quantized = QuantizedTensor.from_parts(
-            parts, shape=layer.shape, format=layer.format, block_size=layer.block_size
-        )
+        quantized = layer.tensor({key: part for key in names if (part := take(key)) is not None})
     except QuantError as error:
         raise QuantError(f"{TENSORS_FILE}, {name}: {error.problem}", REMEDY) from error
+    if layer.kind == "experts" or isinstance(quantized, TernaryTensor):
+        return PackedExperts(quantized, slot.dtype)
     if layer.kind == "embedding":
-        return QuantEmbedding(quantized, dtype)
+        return QuantEmbedding(quantized, slot.dtype)
     lora_A, lora_B = (take("lora_A"), take("lora_B")) if layer.rank else (None, None)
+    found = 0 if lora_A is None else lora_A.shape[-2]
+    if found != layer.rank:
+        raise QuantError(f"the adapters of {name} have rank {found}, not {layer.rank}", REMEDY)
+    if layer.kind == "parameter" or slot.holder is not None:
+        return PackedParameter(quantized, lora_A, lora_B, layer.scaling, layer.transposed, slot.dtype)
     bias = tensors.take(f"{name}.bias")
-    bias = None if bias is None else bias.to(device)
-    linear = QuantLinear(quantized, bias, lora_A, lora_B, layer.scaling, dtype)
-    if linear.rank != layer.rank:
-        raise QuantError(f"the adapters of {name} have rank {linear.rank}, not {layer.rank}", REMEDY)
-    return linear
+    bias = None if bias is None else bias.to(slot.device)
+    return QuantLinear(quantized, bias, lora_A, lora_B, layer.scaling, slot.dtype)
 
 
-def _kind_and_shape(module: nn.Module) -> tuple[str, tuple[int, ...]]:
-    kind = "embedding" if isinstance(module, (QuantEmbedding, nn.Embedding)) else "linear"
-    if isinstance(module, PackedWeight):
-        return kind, module.shape
-    return kind, tuple(module.weight.shape) if isinstance(module, (nn.Linear, nn.Embedding)) else ()
+def _stacks(model: nn.Module, layers: Mapping[str, StoredLayer]) -> dict[str, list[str]]:
+    """Return the stacks whose matrices were stored one by one: parameters of a model, and the layers of each."""
+    modules = dict(model.named_modules())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    found: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        stack, _, index = name.rpartition(".")
+        if layer.kind == "linear" and name not in modules and stack in parameters and index.isdecimal():
+            found.setdefault(stack, []).append(name)
+    for stack, members in found.items():
+        wanted = [f"{stack}.{index}" for index in range(len(parameters[stack]))]
+        if sorted(members) != sorted(wanted):
+            raise QuantError(
+                f"{stack} is a stack of {len(wanted)} in the model, of which {len(members)} are stored",
+                "build the model with the shapes that were saved",
+            )
+        found[stack] = wanted
+    return found
 
 
-def _placement(old: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return device and dtype of a layer to replace; the CPU for meta, where nothing can be kept."""
-    weight = old._dtype_mark if isinstance(old, PackedWeight) else next(old.parameters())
-    return torch.device("cpu") if weight.is_meta else weight.device, weight.dtype
+def _build_stack(
+    model: nn.Module, name: str, members: Mapping[str, StoredLayer], tensors: _StoredTensors
+) -> tuple[Slot, Packed]:
+    """Return one packed parameter of matrices that were stored one by one, and its slot."""
+    layer = next(iter(members.values()))
+    whole = replace(layer, kind="parameter", shape=(len(members), *layer.shape))
+    slot = find_slot(model, name, whole)
+    parts = [_build(member, members[member], tensors, None, slot) for member in members]
+    linears = [part for part in parts if isinstance(part, QuantLinear)]
+    quantized = join_stack([part.quantized for part in linears])
+    factors = [(part.lora_A, part.lora_B) for part in linears]
+    lora_A, lora_B = (
+        torch.stack([factor.detach() for factor in side if factor is not None]) if layer.rank else None
+        for side in zip(*factors, strict=True)
+    )
+    return slot, PackedParameter(quantized, lora_A, lora_B, layer.scaling, dtype=slot.dtype)
 
 
 def _read(folder: Path) -> tuple[dict[str, StoredLayer], _StoredTensors]:
@@ -247,13 +225,3 @@ class _StoredTensors:
         with safe_open(path, framework="pt") as file:
             # A copy: the file stays mapped no longer than it takes to read this tensor.
             return file.get_tensor(key).clone()
-
-
-def _check_all_are_stored(model: nn.Module) -> None:
-    """Raise QuantError for packed weights that are no layer's of ours and would be lost."""
-    for name, module in model.named_modules():
-        if isinstance(module, (PackedParameter, PackedExperts)):
-            raise QuantError(
-                f"{name} is a packed parameter, which this file format does not hold",
-                "save model.state_dict() with safetensors, and load it into a model packed alike",
-            )

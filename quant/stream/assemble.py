@@ -11,7 +11,8 @@ from typing import Any
 
 from quant.errors import QuantError
 from quant.files import sha256
-from quant.storage import INDEX_FILE, SCHEMA, TENSORS_FILE, StoredLayer
+from quant.storage import INDEX_FILE, SCHEMA, TENSORS_FILE
+from quant.stored import StoredLayer
 from quant.stream.adapters import write_adapters
 from quant.stream.byte_copy import split, write_safetensors
 from quant.stream.config import StreamConfig

@@ -19,8 +19,12 @@ from quant import (
     QuantLinear,
     load_quantized_,
     loftq_model,
+    loftq_parameter_,
+    pack_parameter_,
+    quantize,
     save_quantized,
 )
+from quant.ternary import PackedExperts, TernaryConfig, quantize_experts, replace_parameter_
 
 
 def quantized_model(**settings: object) -> LanguageModel:
@@ -47,6 +51,19 @@ def test_a_model_comes_back_bit_for_bit(tmp_path: Path, format: str) -> None:
     assert state.keys() == back.keys()
     assert all(torch.equal(state[key], back[key]) and state[key].dtype == back[key].dtype for key in state)
     assert torch.equal(model(TOKENS), other(TOKENS))
+
+
+@pytest.mark.parametrize(("format", "share"), [("nf4", 0.30), ("uint2", 0.20)])
+def test_files_hold_little_but_codes_scales_and_adapters(tmp_path: Path, format: str, share: float) -> None:
+    """Within 2 % of their sum, and of float16's bytes the shares that LoftQ's paper gives, at a 7B model's rank."""
+    model = nn.Sequential(nn.Linear(2048, 1024, bias=False), nn.Linear(1024, 1024, bias=False))
+    weights = sum(layer.weight.numel() for layer in model)
+    loftq_model(model, LoftQConfig(format=format, rank=8, iterations=0, scale_storage="double"))
+    save_quantized(model, tmp_path)
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    parts = sum(layer.quantized.nbytes + layer.lora_A.nbytes + layer.lora_B.nbytes for layer in model)
+    assert size <= 1.02 * parts
+    assert size <= share * 2 * weights
 
 
 def test_what_is_shared_is_stored_once_and_shared_again(tmp_path: Path) -> None:
@@ -189,3 +206,67 @@ def test_an_empty_folder_and_a_float_model_are_refused(tmp_path: Path) -> None:
         load_quantized_(LanguageModel(), tmp_path)
     with pytest.raises(QuantError, match="no packed layer"):
         save_quantized(LanguageModel(), tmp_path)
+
+
+class Mixture(nn.Module):
+    """Weights that no layer holds: a matrix stored (in, out), shared by name, and two stacks of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inward = nn.Linear(32, 32)
+        self.mixing = nn.Parameter(torch.randn(32, 48))
+        self.up = nn.Parameter(torch.randn(3, 16, 48))
+        self.down = nn.Parameter(torch.randn(3, 32, 16))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        mixed = self.inward(rows) @ self.mixing
+        return sum(mixed @ self.up[expert].T @ self.down[expert].T for expert in range(3))
+
+
+def packed_mixture() -> Mixture:
+    model = Mixture()
+    loftq_model(model, LoftQConfig(rank=2, block_size=16, iterations=1))
+    loftq_parameter_(model, "mixing", "uint2", 2, 1, 16, transposed=True, scale_storage="double")
+    loftq_parameter_(model, "up", "nf4", 2, 1, 16)
+    experts = quantize_experts(model.down.detach())
+    replace_parameter_(model, "down", PackedExperts(experts.quantized))
+    return model
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_packed_parameters_and_experts_come_back_bit_for_bit(tmp_path: Path, device: str) -> None:
+    model = packed_mixture()
+    model.parametrizations["up"][0].scaling = 0.5
+    save_quantized(model, tmp_path)
+    other = Mixture().to(device)
+    load_quantized_(other, tmp_path)
+    state, back = model.state_dict(), other.state_dict()
+    assert state.keys() == back.keys()
+    assert all(torch.equal(state[key], back[key]) and state[key].dtype == back[key].dtype for key in state)
+    rows = torch.randn(4, 32)
+    assert torch.equal(model(rows), other(rows))
+    assert other.parametrizations["up"][0].lora_A.requires_grad
+
+
+def test_two_bit_experts_and_parameters_without_adapters_come_back(tmp_path: Path) -> None:
+    model = Mixture()
+    plain = quantize_experts(model.up.detach(), config=TernaryConfig(most_bits=0.1, block_size=16))
+    replace_parameter_(model, "up", PackedExperts(plain.quantized))
+    pack_parameter_(model, "down", quantize(model.down, "int3", 16))
+    save_quantized(model, tmp_path)
+    other = Mixture()
+    load_quantized_(other, tmp_path)
+    rows = torch.randn(4, 32)
+    assert torch.equal(model(rows), other(rows))
+
+
+def test_a_parameter_of_another_shape_is_refused_and_the_model_left_as_it_was(tmp_path: Path) -> None:
+    save_quantized(packed_mixture(), tmp_path)
+    other = Mixture()
+    other.mixing = nn.Parameter(torch.zeros(48, 32))
+    with pytest.raises(QuantError, match=r"mixing is of shape \(48, 32\) in the model.*parameter \(32, 48\)"):
+        load_quantized_(other, tmp_path)
+    assert isinstance(other.inward, nn.Linear)
+    with pytest.raises(QuantError, match="packed already"):
+        load_quantized_(packed_mixture(), tmp_path)

@@ -410,6 +410,38 @@ def test_each_expert_of_a_stack_is_a_layer_of_its_own(tmp_path: Path) -> None:
         loftq_checkpoint(source, tmp_path / "peft", replace(CONFIG, peft_adapters=True))
 
 
+class Stacked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.randn(11, 32, 48))
+        self.norm = nn.LayerNorm(48)
+
+
+@pytest.mark.parametrize("storage", ["float32", "double"])
+def test_a_stack_is_put_together_again_when_it_is_loaded(tmp_path: Path, storage: str) -> None:
+    source = save_checkpoint(tmp_path / "source", Stacked().state_dict(), files=1)
+    config = replace(CONFIG, scale_storage=storage, alpha=8)
+    loftq_checkpoint(source, tmp_path / "out", config)
+    with torch.device("meta"):
+        model = Stacked()
+    assert load_checkpoint_(model, tmp_path / "out") == []
+    for index in range(11):
+        name = f"experts.up.{index}"
+        expected = loftq(
+            Stacked().experts.up[index], "nf4", 4, 2, 16, scale_storage=storage,
+            seed=zlib.crc32(f"0 {name}".encode()),
+        )  # fmt: skip
+        weight = expected.quantized.dequantize() + expected.lora_B @ expected.lora_A
+        torch.testing.assert_close(model.experts.up[index], weight, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.norm.weight, torch.ones(48))
+    smaller = Stacked()
+    smaller.experts.up = nn.Parameter(torch.zeros(9, 32, 48))
+    with pytest.raises(QuantError, match="a stack of 9 in the model, of which 11 are stored"):
+        load_checkpoint_(smaller, tmp_path / "out")
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
 def test_processes_share_all_layers_and_about_equally(source: Path, processes: int) -> None:
     from quant.stream.source import open_checkpoint
@@ -587,6 +619,31 @@ def test_peft_reads_the_adapters(tmp_path: Path, scaling: dict) -> None:
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapters").eval()
     with torch.no_grad():
         torch.testing.assert_close(adapted(TOKENS).logits, packed(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_a_module_holds_itself_are_loaded_in_its_place(tmp_path: Path) -> None:
+    """GPT-2's Conv1D: a checkpoint does not say that it is no linear layer."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=16, initializer_range=0.1, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dense, other = (transformers.GPT2LMHeadModel(config).eval() for _ in range(2))
+    for block in dense.transformer.h:
+        torch.nn.init.normal_(block.mlp.c_fc.bias)
+    dense.save_pretrained(tmp_path / "source")
+    loftq_checkpoint(tmp_path / "source", tmp_path / "out", replace(CONFIG, alpha=8))
+    assert load_checkpoint_(other, tmp_path / "out") == []
+    for name, parameter in dense.named_parameters():
+        if name.endswith(("c_fc.weight", "c_attn.weight", "c_proj.weight")):
+            key = name.removesuffix(".weight")
+            seed = zlib.crc32(f"0 {key}".encode())
+            expected = loftq(parameter, "nf4", 4, 2, 16, seed=seed)
+            with torch.no_grad():
+                parameter.copy_(expected.quantized.dequantize() + expected.lora_B @ expected.lora_A)
+    with torch.no_grad():
+        torch.testing.assert_close(other(TOKENS).logits, dense(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_the_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
