@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -111,6 +111,8 @@ def _run_quantized(
 ) -> dict[str, _Measured]:
     """Return what each stage gets, under its first layer's name, and under those of others with an importance."""
     sums: dict[str, _Measured] = {}
+    # What a block computes behind the only layer that is watched, and that runs once, is not needed.
+    suffices = len(stages) == 1 and len(stages[0].dense_inputs) == len(calls)
 
     def watch(stage: _Stage) -> Callable[[Tensor], None]:
         names = [name for name in stage.layers if name == stage.first or name in importance]
@@ -122,6 +124,8 @@ def _run_quantized(
             dense = next(dense_calls, None)
             for name in names:
                 sums[name].add(inputs, dense, next(counts[name], None))
+            if suffices:
+                raise _Seen
 
         return saw
 
@@ -129,8 +133,13 @@ def _run_quantized(
         for stage in stages:
             hooks.enter_context(watched(live[stage.first], watch(stage)))
         for each, state in zip(calls, hidden, strict=True):
-            each.run(block, state)
+            with suppress(_Seen):
+                each.run(block, state)
     return sums
+
+
+class _Seen(Exception):  # noqa: N818 -- no error: it ends a run
+    """All that a run of a block was for has been seen."""
 
 
 class _Measured:
