@@ -187,7 +187,9 @@ def test_plans_compose(network):
     at_once = shrink(examined.model, examined.groups, first.then(second, examined.groups), examined.inputs)
     weights, expected = dict(twice.named_parameters()), dict(at_once.named_parameters())
     assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    for name in weights:
+        # A norm's weight takes over what its divisor loses: sqrt(5/6) sqrt(3/5) is sqrt(3/6) but for rounding.
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-15, atol=0)
     assert distance(twice(**examined.inputs), at_once(**examined.inputs)) < TOLERANCE
 
 
