@@ -23,7 +23,7 @@ from quant.stream.source import Checkpoint
 from quant.stream.work import DONE_FILE, RESULT_FOLDER, Job, written_before
 from quant.stream.work import SCHEMA as STREAM_SCHEMA
 
-REST_FILE = "unquantized.safetensors"
+REST_FILE, REST_HASHES = "unquantized.safetensors", "unquantized_sha256"
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of the files that are copied along: the configuration and the tokenizer's."""
 OWN_FILES = (INDEX_FILE, DONE_FILE)
@@ -43,11 +43,10 @@ def assemble(job: Job, checkpoint: Checkpoint, config: StreamConfig) -> None:
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
     _copy_companions(checkpoint.folder, result)
-    write_shards(result, REST_FILE, _rest(checkpoint, job.layers), config.shard_bytes)
+    rest = write_shards(result, REST_FILE, _rest(checkpoint, job.layers), config.shard_bytes)
     shards = write_shards(result, TENSORS_FILE, _packed(job.layers, parts), config.shard_bytes)
-    _write_json(
-        result / INDEX_FILE, _index(job.layers, config, {name: sha256(result / name) for name in shards})
-    )
+    index = _index(job.layers, config, _hashes(result, shards))
+    _write_json(result / INDEX_FILE, {**index, REST_HASHES: _hashes(result, rest)})
     if config.peft_adapters:
         write_adapters(result, job.layers, parts, config)
     _publish(job, result, _layer_reports(job.layers, parts))
@@ -116,6 +115,10 @@ def _index(layers: list[Layer], config: StreamConfig, hashes: dict[str, str]) ->
     }
     single = hashes.get(TENSORS_FILE)
     return {"schema": SCHEMA, "layers": entries, "sha256": hashes if single is None else single}
+
+
+def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
+    return {name: sha256(folder / name) for name in names}
 
 
 def _layer_reports(layers: list[Layer], parts: Mapping[str, Part]) -> dict[str, Any]:

@@ -595,13 +595,31 @@ def test_what_stays_on_the_meta_device_or_has_another_shape_is_named(tmp_path: P
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
 
 
-def test_a_changed_byte_of_any_file_is_found_when_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard_bytes", [10**9, 3000])
+def test_a_missing_file_and_a_changed_bit_of_any_file_is_named_and_the_model_left_as_it_was(
+    tmp_path: Path, shard_bytes: int
+) -> None:
     llama().save_pretrained(tmp_path / "source")
-    loftq_checkpoint(tmp_path / "source", tmp_path / "out", replace(CONFIG, shard_bytes=3000))
-    path = sorted((tmp_path / "out").glob("quant-*.safetensors"))[1]
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(QuantError, match=f"{path.name} is not the file that"):
-        load_quantized_(llama(), tmp_path / "out")
+    loftq_checkpoint(tmp_path / "source", tmp_path / "out", replace(CONFIG, shard_bytes=shard_bytes))
+    model, before = llama(), llama().state_dict()
+    for path in sorted((tmp_path / "out").glob("*.safetensors")):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(QuantError, match=f"{path.name} is not the file that"):
+            load_checkpoint_(model, tmp_path / "out")
+        path.unlink()
+        with pytest.raises(QuantError, match=f"holds no {path.name}"):
+            load_checkpoint_(model, tmp_path / "out")
+        path.write_bytes(whole)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert load_checkpoint_(model, tmp_path / "out") == []
+
+
+def test_what_save_quantized_wrote_is_not_taken_for_a_whole_checkpoint(tmp_path: Path) -> None:
+    model, _ = loftq_model(llama(), LoftQConfig(rank=4, iterations=0))
+    quant.save_quantized(model, tmp_path)
+    with pytest.raises(QuantError, match=r"quant\.json does not say what unquantized\.safetensors was"):
+        load_checkpoint_(llama(), tmp_path)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
