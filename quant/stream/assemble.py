@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quant.errors import QuantError
 from quant.files import sha256
 from quant.storage import INDEX_FILE, SCHEMA, TENSORS_FILE
 from quant.stored import StoredLayer
@@ -29,16 +28,21 @@ COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 OWN_FILES = (INDEX_FILE, DONE_FILE)
 
 
-def assemble(job: Job, checkpoint: Checkpoint, config: StreamConfig) -> None:
+def assemble(job: Job, parts: Mapping[str, Part], checkpoint: Checkpoint, config: StreamConfig) -> None:
     """Write the result from the parts, then put it into the output folder file by file.
 
     Nothing in the output folder changes before the last byte is written. `stream.json`, which comes last, says
     that all is there.
 
+    Args:
+        job: What is assembled, and where.
+        parts: The finished part of each layer by its name.
+        checkpoint: The source.
+        config: As in `loftq_checkpoint`.
+
     Raises:
-        QuantError: A part vanished, or a file of the source changed meanwhile.
+        QuantError: A file of the source changed meanwhile.
     """
-    parts = {layer.name: _part(job, place) for place, layer in enumerate(job.layers)}
     result = job.work / RESULT_FOLDER
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
@@ -76,13 +80,6 @@ def write_shards(folder: Path, name: str, tensors: Mapping[str, StoredTensor], m
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / f"{name}.index.json", index)
     return names
-
-
-def _part(job: Job, place: int) -> Part:
-    part = job.part(place)
-    if part is None:
-        raise QuantError(f"the part of {job.layers[place].name} vanished from {job.work}", "run again")
-    return part
 
 
 def _packed(layers: list[Layer], parts: Mapping[str, Part]) -> dict[str, StoredTensor]:

@@ -15,7 +15,7 @@ from quant.stream.adapters import check_adapters
 from quant.stream.assemble import assemble
 from quant.stream.config import StreamConfig
 from quant.stream.layers import find_layers, share
-from quant.stream.part import write_part
+from quant.stream.part import Part, write_part
 from quant.stream.source import open_checkpoint
 from quant.stream.work import Job
 
@@ -77,8 +77,7 @@ def loftq_checkpoint(
         job.begin()
         _write_parts(job, config, process, processes, device, on_layer)
         if process == 0:
-            _wait(job, lambda: job.parts_written() == len(layers), patience)
-            assemble(job, checkpoint, config)
+            assemble(job, _gather(job, patience), checkpoint, config)
         else:
             _wait(job, lambda: job.finished() is not None, patience)
     job.end()
@@ -104,6 +103,21 @@ def _write_parts(
             write_part(job.part_path(place), layer, config, device)
         if on_layer is not None:
             on_layer(layer.name, done, len(own))
+
+
+def _gather(job: Job, patience: float) -> dict[str, Part]:
+    """Return the parts of all layers by name once they are there; each is read a single time."""
+    parts: dict[str, Part] = {}
+
+    def complete() -> bool:
+        for place, layer in enumerate(job.layers):
+            part = None if layer.name in parts else job.part(place)
+            if part is not None:
+                parts[layer.name] = part
+        return len(parts) == len(job.layers)
+
+    _wait(job, complete, patience)
+    return parts
 
 
 def _wait(job: Job, ready: Callable[[], bool], patience: float) -> None:

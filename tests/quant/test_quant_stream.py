@@ -225,8 +225,7 @@ def test_what_a_dead_process_left_is_used_and_what_is_missing_done(
         loftq_checkpoint(source, tmp_path / "out", CONFIG, process=0, processes=2, patience=0.0)
     with pytest.raises(QuantError, match=r"6 of 6 layers"):
         loftq_checkpoint(source, tmp_path / "out", CONFIG, process=1, processes=2, patience=0.0)
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / ".work" / "parts").iterdir()}
-    assert len(written) == 6
+    assert len(parts_of(tmp_path / "out")) == 6
     # Nothing is left to compute.
     monkeypatch.setattr("quant.stream.part.loftq", None)
     loftq_checkpoint(source, tmp_path / "out", CONFIG)
@@ -250,6 +249,11 @@ def test_a_process_under_whose_feet_the_others_finish_comes_to_their_result(
     assert not (tmp_path / "out" / ".work").exists()
 
 
+def parts_of(output: Path) -> list[Path]:
+    """Return the finished layers of a run that was stopped."""
+    return sorted((output / ".work").glob("parts*/*.safetensors"))
+
+
 class Killed(Exception):
     pass
 
@@ -267,26 +271,74 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, sourc
     with pytest.raises(Killed):
         loftq_checkpoint(source, tmp_path / "out", CONFIG, on_layer=kill_after(layers))
     assert not (tmp_path / "out" / "quant.json").exists()
-    parts = tmp_path / "out" / ".work" / "parts"
-    before = {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in parts_of(tmp_path / "out")}
     assert len(before) == layers
     with pytest.raises(Killed):
         loftq_checkpoint(source, tmp_path / "out", CONFIG, on_layer=kill_after(6))
-    assert {name: (parts / name).stat().st_mtime_ns for name in before} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     loftq_checkpoint(source, tmp_path / "out", CONFIG)
     loftq_checkpoint(source, tmp_path / "new", CONFIG)
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
 
 
-@pytest.mark.parametrize("damage", ["cut short", "another layer's"])
+@pytest.mark.parametrize("damage", ["cut short", "another layer's", "a bit", "no hash"])
 def test_a_part_that_is_not_whole_is_done_again(tmp_path: Path, source: Path, damage: str) -> None:
     with pytest.raises(Killed):
         loftq_checkpoint(source, tmp_path / "out", CONFIG, on_layer=kill_after(2))
-    first, second = sorted((tmp_path / "out" / ".work" / "parts").iterdir())
-    first.write_bytes(first.read_bytes()[:-1] if damage == "cut short" else second.read_bytes())
+    first, second = parts_of(tmp_path / "out")
+    whole = first.read_bytes()
+    changed = {
+        "cut short": whole[:-1], "another layer's": second.read_bytes(),
+        "a bit": whole[:-1] + bytes([whole[-1] ^ 1]), "no hash": whole,
+    }  # fmt: skip
+    first.write_bytes(changed[damage])
+    hashed = first.with_suffix(".sha256")
+    if damage == "another layer's":
+        hashed.write_bytes(second.with_suffix(".sha256").read_bytes())
+    elif damage == "no hash":
+        hashed.unlink()
+    written = [path.stat().st_ino for path in (first, second)]
+    with pytest.raises(Killed):
+        loftq_checkpoint(source, tmp_path / "out", CONFIG, on_layer=kill_after(2))
+    again = [path.stat().st_ino for path in (first, second)]
+    assert again[0] != written[0]
+    assert again[1] == written[1]
     loftq_checkpoint(source, tmp_path / "out", CONFIG)
     loftq_checkpoint(source, tmp_path / "new", CONFIG)
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+def test_the_first_process_waits_for_a_damaged_part_of_another(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(Killed):
+        loftq_checkpoint(source, tmp_path / "out", CONFIG, on_layer=kill_after(6))
+    for path in parts_of(tmp_path / "out"):
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(QuantError, match="no process has added one"):
+        loftq_checkpoint(source, tmp_path / "out", CONFIG, process=0, processes=2, patience=0.0)
+    with pytest.raises(QuantError, match="no process has added one"):
+        loftq_checkpoint(source, tmp_path / "out", CONFIG, process=1, processes=2, patience=0.0)
+    loftq_checkpoint(source, tmp_path / "out", CONFIG, process=0, processes=2, patience=0.0)
+    loftq_checkpoint(source, tmp_path / "new", CONFIG)
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+@pytest.mark.parametrize("left", ["all", "no job file", "some parts"])
+def test_what_is_left_of_a_finished_run_is_in_no_other_ones_way(
+    tmp_path: Path, source: Path, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as stopped:
+        stopped.setattr("quant.stream.work.Job.end", lambda job: None)
+        loftq_checkpoint(source, tmp_path / "out", CONFIG)
+    if left == "no job file":
+        (tmp_path / "out" / ".work" / "job.json").unlink()
+    elif left == "some parts":
+        for path in parts_of(tmp_path / "out")[:3]:
+            path.unlink()
+    other = replace(CONFIG, rank=5)
+    loftq_checkpoint(source, tmp_path / "out", other)
+    loftq_checkpoint(source, tmp_path / "new", other)
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+    assert not (tmp_path / "out" / ".work").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "quant.safetensors", "quant.json", "stream.json"])
