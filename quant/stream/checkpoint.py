@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from quant.apply import LayerReport
 from quant.errors import QuantError
 from quant.stream.adapters import check_adapters
@@ -58,11 +60,13 @@ def loftq_checkpoint(
         A report for each layer, sorted by name, on every process.
 
     Raises:
-        QuantError: The source is missing, damaged or quantized already, a weight cannot be quantized, an
-            unfinished run had other settings, or another process ended early. Whatever was in `output`
+        QuantError: An argument is of no use, such as a device that is not there; the source is missing, damaged
+            or quantized already, a weight cannot be quantized, the output is no folder, an unfinished run had
+            other settings, or another process ended early. Whatever was in `output`
             before is still there, and so are the layers that are done.
     """
     config = config or StreamConfig()
+    _check(config, device, patience)
     process, processes = _place(process, processes)
     checkpoint = open_checkpoint(Path(source))
     if Path(source).resolve() == Path(output).resolve():
@@ -82,6 +86,24 @@ def loftq_checkpoint(
             _wait(job, lambda: job.finished() is not None, patience)
     job.end()
     return _reports(job)
+
+
+def _check(config: StreamConfig, device: str, patience: float) -> None:
+    if not isinstance(config, StreamConfig):
+        raise QuantError(
+            f"config is a {type(config).__name__}",
+            "pass a quant.stream.StreamConfig: it has the same settings, and excludes embeddings and heads by name",
+        )
+    if not patience >= 0:
+        raise QuantError(f"a patience of {patience:g} seconds", "choose 0 seconds or more")
+    try:
+        torch.ones(1, device=device).item()
+    # A build without the device's library fails an assertion.
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).strip().partition("\n")[0]
+        raise QuantError(
+            f"the device {device!r} cannot be used: {problem}", "choose another, such as cpu"
+        ) from error
 
 
 def _write_parts(

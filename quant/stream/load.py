@@ -12,7 +12,9 @@ from quant.storage import INDEX_FILE, check_hashes, load_quantized_, read_index
 from quant.stream.assemble import REST_FILE, REST_HASHES
 from quant.stream.header import Header, read_header
 
-REMEDY = f"pass a folder that loftq_checkpoint wrote; to write it anew, delete its {INDEX_FILE} and run that again"
+REMEDY = (
+    f"pass a folder that loftq_checkpoint wrote; to write it anew, delete its {INDEX_FILE} and run that again"
+)
 
 
 def load_checkpoint_(model: nn.Module, folder: Path | str) -> list[str]:

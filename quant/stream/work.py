@@ -73,7 +73,9 @@ class Job:
         try:
             self.parts.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise QuantError(f"{self.parts} cannot be made: {error}", "choose another output folder") from error
+            raise QuantError(
+                f"{self.parts} cannot be made: {error}", "choose another output folder"
+            ) from error
         if earlier != self.identity:
             replace_file(path, lambda temporary: temporary.write_text(json.dumps(self.identity), "utf-8"))
 
@@ -87,8 +89,9 @@ class Job:
         return done if whole else None
 
     def end(self) -> None:
-        """Remove the work folder."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        """Remove the work folder, unless another job is at work in it."""
+        if _read_json(self.work / JOB_FILE) in ({}, self.identity):
+            shutil.rmtree(self.work, ignore_errors=True)
 
 
 def written_before(output: Path) -> list[str]:
