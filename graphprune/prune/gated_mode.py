@@ -30,8 +30,13 @@ class GatedMode:
         self.parameters = list(self.gates.values.values())
 
     def observe(self) -> dict[str, Tensor]:
-        """Return squared gate gradients (empirical Fisher information), and clear the gradients."""
-        return {name: gradient.square() for name, gradient in self.gates.gradients().items()}
+        """Return squared gate gradients (empirical Fisher information), all processes' mean, and clear them."""
+        gradients = self.gates.gradients()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for gradient in gradients.values():  # gates are not the wrapped model's: it does not average them
+                torch.distributed.all_reduce(gradient)
+                gradient.div_(torch.distributed.get_world_size())
+        return {name: gradient.square() for name, gradient in gradients.items()}
 
     def fade(self, redundant: Mapping[str, Tensor], steps_left: int, half_space: float) -> None:
         """Take λ = x / (steps left) off redundant gates and project those that leave the half-space."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 
 import pytest
 import torch
@@ -192,6 +193,29 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(mode):
     expected = whole.snapshot()
     for name, value in parts.snapshot().items():
         torch.testing.assert_close(value, expected[name], atol=2e-3, rtol=0)
+
+
+def test_processes_agree_on_saliency(tmp_path):
+    """Each has its share of the batch; a wrapped model averages its own gradients alone."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=one_process, args=(rank, tmp_path, results)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert found == [[4.0] * 24] * 2  # the square of the mean of 1 and 3
+
+
+def one_process(rank, folder, results):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    driven = Driven(2, memory=0.0)
+    driven.step(torch.full((24,), (1.0, 3.0)[rank]))
+    results.put(driven.optimizer.state_dict()["lhspg"]["saliency"][driven.name].tolist())
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("mode", MODES)
