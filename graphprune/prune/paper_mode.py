@@ -6,7 +6,8 @@ Algorithm 4 and equation 2. In each step of a period, after the adapters' own,
 
 x̃ is projected to zero where ⟨x̃, x⟩ ≤ ε‖x‖², and B of the redundant units set to zero. Once a period BA of all that
 is important is merged. x is all that a unit owns of what produces it: its rows of the weights in front of it, with
-biases and whatever else carries the unit; columns of the weights that read it then read zeros.
+biases and whatever else carries the unit; columns of the weights that read it then read zeros. The base changes from
+the first period on, so that with adapters off it is no longer the un-pruned model.
 """
 
 from __future__ import annotations
