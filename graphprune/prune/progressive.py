@@ -14,6 +14,7 @@ from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import TrainingError
 from graphprune.prune.budget import Budget, targets, uniform_budget
 from graphprune.prune.lhspg import LHSPG
+from graphprune.prune.param_groups import param_groups
 from graphprune.prune.precision import frozen_in_bfloat16, use_bfloat16
 from graphprune.prune.repair import Repair
 from graphprune.prune.training import Objective, Progress, Row, logits_of, train
@@ -98,23 +99,22 @@ def prune_progressively(
         width_multiple=settings.width_multiple,
         counted=counted,
     )
-    gates = Gates(model, groups, list(budget.removed_units))
     repair: Repair | None = None
-    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    params = param_groups(model, groups, settings.kinds)
     training = settings.training
+    optimizer = LHSPG(
+        params,
+        units=budget.removed_units,
+        lr=training.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        periods=settings.periods,
+        period_steps=settings.period_steps,
+        half_space=settings.half_space,
+        scores=scores,
+        on_period=lambda: repair.update(optimizer.redundant) if repair else None,
+    )
+    gates = optimizer.gates
     try:
-        optimizer = LHSPG(
-            adapters,
-            gates,
-            budget.removed_units,
-            lr=training.learning_rate,
-            warmup_steps=settings.warmup_steps,
-            periods=settings.periods,
-            period_steps=settings.period_steps,
-            half_space=settings.half_space,
-            scores=scores,
-            on_period=lambda: repair.update(optimizer.redundant) if repair else None,
-        )
 
         def teacher(ids: Tensor) -> Tensor:
             with gates.opened(), model.disable_adapter():
@@ -132,17 +132,17 @@ def prune_progressively(
                 optimizer,
                 steps=optimizer.schedule_steps + settings.settle_steps,
                 warmup=max(1, settings.warmup_steps // 2),
-                trainable=adapters,
+                trainable=list(params.trainable),
                 observe=lambda: optimizer.counts,
                 progress=progress,
             )
-        plan = Plan(gates.redundant())
+        plan = optimizer.plan
         _check_reached(plan, budget)
         model.eval()
         with torch.no_grad():
             masked = model(**example_inputs).logits
     finally:
-        gates.close()
+        optimizer.close()
     return Pruned(plan, budget, metrics, masked, repair.folded if repair else nullcontext)
 
 
