@@ -11,6 +11,7 @@ from graphprune.prune.budget import allot, normalised_by_kind, score_curves, tar
 from graphprune.prune.costs import Measured, cost_named
 from graphprune.prune.distribution import Distribution, Sensitivity
 from graphprune.prune.target import recipe_budget
+from graphprune.recipe import Distribution as Asked
 from graphprune.recipe import Prune
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
@@ -202,11 +203,27 @@ def test_what_was_measured_decides_how_many_and_scores_do_not(llama):
         scores[second] = 100 * scores[second]
         removed = recipe_budget(llama.groups, settings, scores, counted=counted, distribution=measured)
         assert removed.removed_units.get(first, 0) < removed.removed_units[second]
-    veto = settings.model_copy(
-        update={"distribution": settings.distribution.model_copy(update={"unprunable": 0.5})}
+
+
+def test_the_most_sensitive_groups_stay_whole_if_the_recipe_says_so(llama):
+    """Even those whose first units would be free to take."""
+    counted = set(dict(llama.model.named_parameters()))
+    first, second = llama.of_kind("ffn")
+    measured = Distribution(
+        3.0, {first: Sensitivity((16, 24), (0.0, 5.0)), second: Sensitivity((16, 24), (0.5, 1.0))}
     )
-    budget = recipe_budget(llama.groups, veto, scores, counted=counted, distribution=measured)
-    assert set(budget.removed_units) == {second}
+    for unprunable, losing in ((0.0, first), (0.5, second)):
+        settings = Prune(
+            remove=0.08,
+            kinds=("ffn",),
+            layout="per_layer",
+            width_multiple={"ffn": 8},
+            distribution=Asked(unprunable=unprunable),
+        )
+        budget = recipe_budget(
+            llama.groups, settings, scores_of(llama.groups), counted=counted, distribution=measured
+        )
+        assert set(budget.removed_units) == {losing}
 
 
 def test_the_recipes_keys_reach_the_budget(llama):
