@@ -123,9 +123,10 @@ def numbers_of(model: nn.Module, name: str, shape: tuple[int, ...]) -> Tensor:
 
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    held = getattr(module, attribute, None)
-    if isinstance(held, Tensor) and attribute == "weight":
-        held = dequantize_module_weight(module)
+    try:
+        held = dequantize_module_weight(module) if attribute == "weight" else getattr(module, attribute)
+    except (AttributeError, TypeError):  # no tensor of that name
+        held = None
     if not isinstance(held, Tensor) or not held.is_floating_point() or tuple(held.shape) != tuple(shape):
         what = f"{held.dtype} of shape {tuple(held.shape)}" if isinstance(held, Tensor) else "packed data"
         raise TrainingError(

@@ -134,6 +134,24 @@ def test_weights_that_cannot_be_read_are_refused_by_those_that_look_at_them(name
         score(adapted, name, model=model)
 
 
+class Dequantizable(Opaque):
+    """A linear layer in the form of HQQ, which PEFT can dequantize."""
+
+    def __init__(self, numbers):
+        super().__init__(numbers, None)
+        self.W_q = torch.zeros(1, dtype=torch.uint8)
+
+    def dequantize(self):
+        return self.numbers
+
+
+def test_whatever_peft_can_dequantize_is_read(adapted):
+    model = copy.deepcopy(adapted.model)
+    path = "base_model.model.model.layers.0.mlp.down_proj.base_layer"
+    replace(model, path, Dequantizable(model.get_submodule(path).weight))
+    close(score(adapted, "wanda", model=model), score(adapted, "wanda"))
+
+
 def replace(model, path, module):
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)

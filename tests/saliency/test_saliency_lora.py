@@ -146,8 +146,10 @@ def reference_released(dense, kind, layer, batch, units):
     return total
 
 
+@pytest.mark.parametrize("chunk", [100, 1 << 22])
 @pytest.mark.parametrize("name", NAMES)
-def test_scores_are_those_of_the_dense_formula(name, adapted, dense):
+def test_scores_are_those_of_the_dense_formula(name, chunk, adapted, dense, monkeypatch):
+    monkeypatch.setattr(effective, "CHUNK", chunk)
     scores = score(adapted, name, scale=SCALE)
     for kind in ("ffn", "attention_heads"):
         for layer, group in zip(range(LAYERS), adapted.of_kind(kind), strict=True):
