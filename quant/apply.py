@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class LayerReport:
         name: Qualified name.
         shape: Shape of the weight.
         format: Format it is stored in.
-        errors: Relative Frobenius errors: of plain quantization, then after each LoftQ iteration.
+        errors: Relative errors, as in `LoftQResult`: of plain quantization, then after each LoftQ iteration.
         bytes_before: Bytes of weight and bias.
         bytes_after: Bytes of codes, scales, adapters and bias.
     """
@@ -99,14 +100,17 @@ def loftq_model(
         raise QuantError(
             "a loss without calibration batches", "pass `batches`, with labels if the loss needs them"
         )
+    if config.compensated and batches is None:
+        raise QuantError("compensated rounding without calibration batches", "pass `batches`")
     if not groups:
         raise QuantError(
             f"no linear layer of this {type(model).__name__} is to be quantized",
-            "widen `include`, narrow `exclude`, set `embedding_format` for tied weights, or wrap a model "
-            "that is itself a single nn.Linear",
+            "widen `include`, narrow `exclude`, set `embedding_format` for tied weights, wrap a model that is itself "
+            "a single nn.Linear, or call loftq_parameter_ for weights that no nn.Linear holds, such as Conv1D's",
         )
     for group in groups:
         _check(group)
+    _check_formats(config, [name for group in groups for name in group.layers])
     total = sum(len(group.layers) for group in groups)
     reports: list[LayerReport] = []
     waiting = {group.name: group for group in groups}
@@ -179,6 +183,16 @@ def _groups(model: nn.Module, config: LoftQConfig) -> list[_SharedWeight]:
         elif taken:
             groups.append(_SharedWeight(weight=group.weight, layers=taken))
     return groups
+
+
+def _check_formats(config: LoftQConfig, names: list[str]) -> None:
+    """Raise QuantError for an expression that would give no layer its format, such as a misspelt one."""
+    for expression, format in config.formats:
+        if not any(re.search(expression, name) for name in names):
+            raise QuantError(
+                f"no layer to quantize has a name with {expression!r}, which was to be {format}",
+                f"write it as the names are, such as {names[0]}",
+            )
 
 
 def _check(group: _SharedWeight) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from quant.codebooks import get_format
@@ -32,8 +32,8 @@ class LoftQConfig:
         propagation: With calibration text, the share of what earlier layers shifted a layer's inputs by that
             its own weight takes back.
         seed: Of the random parts; each layer draws from its own stream.
-        include: Regular expressions; a linear layer is taken if one is found in its qualified name.
-        exclude: Regular expressions; a layer, or a tied group with one such name, is left as it is.
+        include: Regular expressions, or a single one; a linear layer is taken if one is found in its qualified name.
+        exclude: Regular expressions, or a single one; a layer, or a tied group with one such name, is left as it is.
         embedding_format: Format of embeddings that share their weight with a linear layer, and of that layer;
             None leaves both as they are.
         embedding_block_size: Their block size.
@@ -59,22 +59,23 @@ class LoftQConfig:
     embedding_block_size: int = 32
 
     def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            # A string is a sequence of letters, each of them a valid expression: it surely means itself.
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        object.__setattr__(self, "formats", _pairs(self.formats))
         for format in (self.format, self.embedding_format, *(format for _, format in self.formats)):
             if format is not None:
                 get_format(format)
         check_block_size(self.block_size)
         check_block_size(self.embedding_block_size)
         check_storage(self.scale_storage)
-        if self.rank < 1 or self.iterations < 0:
-            raise QuantError(
-                f"rank {self.rank} with {self.iterations} iterations is not possible",
-                "choose a rank of at least 1 and 0 iterations (QLoRA) or more",
-            )
-        if not 0 <= self.propagation <= 1 or (self.alpha is not None and not 0 < self.alpha < math.inf):
-            raise QuantError(
-                f"propagation {self.propagation} with alpha {self.alpha} is not possible",
-                "choose a propagation from 0 to 1, and an alpha above 0 or None",
-            )
+        check_rank(self.rank)
+        check_iterations(self.iterations)
+        if not 0 <= self.propagation <= 1:
+            raise QuantError(f"a propagation of {self.propagation} is not possible", "choose one from 0 to 1")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise QuantError(f"an alpha of {self.alpha} is not possible", "choose one above 0, or None")
         check_expressions((*self.include, *self.exclude, *(expression for expression, _ in self.formats)))
 
     @property
@@ -96,6 +97,36 @@ class LoftQConfig:
     def excludes(self, name: str) -> bool:
         """Tell whether the layer of this qualified name is to be left as it is."""
         return any(re.search(expression, name) for expression in self.exclude)
+
+
+def check_rank(rank: int) -> None:
+    """Raise QuantError unless this can be the rank of adapters."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise QuantError(
+            f"adapters of rank {rank!r} are not possible", "choose a whole number of at least 1, such as 16"
+        )
+
+
+def check_iterations(iterations: int) -> None:
+    """Raise QuantError unless LoftQ can take so many steps."""
+    if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 0:
+        raise QuantError(
+            f"{iterations!r} iterations are not possible",
+            "choose 0 (QLoRA) or a whole number above, such as 5",
+        )
+
+
+def _pairs(formats: object) -> tuple[tuple[str, str | int], ...]:
+    """Return pairs of expression and format, in whatever collection they are given."""
+    pairs = tuple(formats.items()) if isinstance(formats, Mapping) else formats
+    if not isinstance(pairs, (tuple, list)) or any(
+        not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs
+    ):
+        raise QuantError(
+            f"formats {formats!r} are no pairs",
+            'pass ((expression, format), …), such as (("down_proj$", 3),)',
+        )
+    return tuple((expression, format) for expression, format in pairs)
 
 
 def check_expressions(expressions: Iterable[str]) -> None:

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from quant.blockwise import check_weight, quantize
 from quant.compensated import SWEEPS, CompensatedRounding
+from quant.config import check_iterations, check_rank
 from quant.covariance import InputNorm
 from quant.errors import QuantError
 from quant.low_rank import low_rank
 from quant.quantized import QuantizedTensor
 from quant.scales import Storage
+
+LARGEST_EXPONENT = 30
+"""Weights with a binary exponent beyond are scaled by a power of two on the way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -27,8 +31,8 @@ class LoftQResult:
         lora_A: float32 (rank, in_features).
         lora_B: float32 (out_features, rank).
         errors: Relative error ``||W - Q - B A|| / ||W||`` of plain quantization (index 0) and after each
-            iteration, in the norm that was minimized: Frobenius, or that of the outputs where a covariance was
-            given. The factors returned have the least of them.
+            iteration, in the norm that was minimized: Frobenius, or where a covariance was given that of the
+            outputs on it, damped (`InputNorm`). The factors returned have the least of them.
     """
 
     quantized: QuantizedTensor
@@ -84,6 +88,16 @@ def loftq(
         for the closed form.
     """
     _check(weight, rank, iterations)
+    check_weight(weight, name)
+    exponent = _extreme_exponent(weight)
+    if exponent:
+        # Squares of such weights leave float32's range: those of a power of two less or more do not.
+        scaled = torch.ldexp(weight.detach().to(torch.float64), torch.tensor(-exponent))
+        found = loftq(
+            scaled, format, rank, iterations, block_size, covariance=covariance, compensated=compensated,
+            fitted=fitted, scale_storage=scale_storage, seed=seed, name=name,
+        )  # fmt: skip
+        return _rescaled(found, exponent, iterations)
     target = weight.detach().to(torch.float32)
     step = _Step(
         target=target,
@@ -171,6 +185,24 @@ class _Step:
         return _ratio(self.norm.error(missing), self.norm.error(self.target))
 
 
+def _extreme_exponent(weight: Tensor) -> int:
+    """Return the exponent of the largest weight where it is extreme, else 0."""
+    largest = float(torch.linalg.vector_norm(weight.detach().to(torch.float64), torch.inf))
+    exponent = math.frexp(largest)[1]
+    return exponent if abs(exponent) > LARGEST_EXPONENT else 0
+
+
+def _rescaled(found: LoftQResult, exponent: int, iterations: int) -> LoftQResult:
+    """Return what was found for a weight as that for the weight times a power of two."""
+    lower = exponent // 2
+    return LoftQResult(
+        quantized=found.quantized.scaled(exponent),
+        lora_A=torch.ldexp(found.lora_A, torch.tensor(lower)) if iterations else found.lora_A,
+        lora_B=torch.ldexp(found.lora_B, torch.tensor(exponent - lower)),
+        errors=found.errors,
+    )
+
+
 def _evened(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Return factors of the same product in which the two vectors of each component are equally long."""
     left_norm, right_norm = torch.linalg.vector_norm(left, dim=0), torch.linalg.vector_norm(right, dim=1)
@@ -217,9 +249,5 @@ def _check(weight: Tensor, rank: int, iterations: int) -> None:
         raise QuantError(
             f"a weight of shape {tuple(weight.shape)} is no matrix", "pass (out_features, in_features)"
         )
-    if rank < 1:
-        raise QuantError(
-            f"adapters of rank {rank} are not possible", "choose a rank of at least 1, such as 16"
-        )
-    if iterations < 0:
-        raise QuantError(f"{iterations} iterations are not possible", "choose 0 (QLoRA) or more, such as 5")
+    check_rank(rank)
+    check_iterations(iterations)

@@ -79,7 +79,7 @@ def mix_for_budget(
     model: nn.Module,
     config: LoftQConfig,
     nbytes: int,
-    formats: Sequence[str | int] = ("uint2", "uint3", "nf4"),
+    formats: Sequence[str | int] | str | int = ("uint2", "uint3", "nf4"),
     batches: Iterable[Batch] | None = None,
     *,
     loss: Loss | None = None,
@@ -111,6 +111,13 @@ def mix_for_budget(
     }
     if not layers:
         raise QuantError(f"no linear layer of this {type(model).__name__} is to be mixed", "widen `include`")
+    if loss is not None and batches is None:
+        raise QuantError(
+            "a loss without calibration batches", "pass `batches`, with labels if the loss needs them"
+        )
+    formats = [formats] if isinstance(formats, (str, int)) else formats
+    if not nbytes >= 0:
+        raise QuantError(f"a budget of {nbytes} bytes", "pass a number of bytes")
     if not formats:
         raise QuantError("there is no format to choose from", "give at least one in `formats`")
     text = None if batches is None else as_batches(batches)

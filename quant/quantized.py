@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,10 @@ class QuantizedTensor:
                 "pass what quantize() returned",
             )
 
+    def __repr__(self) -> str:
+        size = ", ".join(map(str, self.shape))
+        return f"QuantizedTensor({size}, format={self.format}, block_size={self.block_size}, nbytes={self.nbytes})"
+
     @property
     def absmax(self) -> Tensor:
         """The scales: float32 (blocks,); without fitting, each block's largest absolute value."""
@@ -79,6 +83,18 @@ class QuantizedTensor:
             self.block_size,
         )
         return flat.view(self.shape).to(dtype)
+
+    def scaled(self, exponent: int) -> QuantizedTensor:
+        """Return this tensor times a power of two, which multiplies its scales exactly.
+
+        Args:
+            exponent: Of the power.
+
+        Raises:
+            QuantError: float16 cannot hold the scales.
+        """
+        offsets = None if self.offsets is None else self.offsets.scaled(exponent)
+        return replace(self, scales=self.scales.scaled(exponent), offsets=offsets)
 
     def rows(self, index: Tensor) -> QuantizedTensor:
         """Return some rows of a matrix whose rows are whole blocks, without dequantizing any.
@@ -205,9 +221,10 @@ class QuantizedTensor:
 
 def check_block_size(block_size: int) -> None:
     """Raise QuantError unless the block size is a power of two from 16 to 4096."""
-    if not SMALLEST_BLOCK <= block_size <= LARGEST_BLOCK or block_size & (block_size - 1):
+    whole = isinstance(block_size, int)
+    if not whole or not SMALLEST_BLOCK <= block_size <= LARGEST_BLOCK or block_size & (block_size - 1):
         raise QuantError(
-            f"a block of {block_size} weights is not possible",
+            f"a block of {block_size!r} weights is not possible",
             f"use a power of two from {SMALLEST_BLOCK} to {LARGEST_BLOCK}, such as 64",
         )
 

@@ -74,6 +74,18 @@ class Scales:
         levels = dynamic_levels().to(blocks.device)[self.stored.index_select(0, blocks).to(torch.int32)]
         return Scales(stored=levels * self.absmax.index_select(0, blocks // DOUBLE_BLOCK) + self.mean)
 
+    def scaled(self, exponent: int) -> Scales:
+        """Return the scales times a power of two, stored alike.
+
+        Raises:
+            QuantError: float16 cannot hold them.
+        """
+        if self.absmax is None or self.mean is None:
+            return store_scales(_shifted(self.stored, exponent), self.storage)
+        return Scales(
+            stored=self.stored, absmax=_shifted(self.absmax, exponent), mean=_shifted(self.mean, exponent)
+        )
+
     def parts(self, prefix: str = "") -> dict[str, Tensor]:
         """Return the tensors by name; `from_parts` is the way back."""
         parts = {"": self.stored, "_absmax": self.absmax, "_mean": self.mean}
@@ -106,12 +118,21 @@ def store_scales(values: Tensor, storage: Storage) -> Scales:
     if storage == "float16":
         return Scales(stored=_as_float16(values))
     mean = values.mean()
+    if not bool(mean.isfinite()):
+        mean = values.to(torch.float64).mean().to(torch.float32)
     centred = functional.pad(values - mean, (0, -len(values) % DOUBLE_BLOCK)).view(-1, DOUBLE_BLOCK)
     absmax = centred.abs().amax(dim=1)
+    if not bool(absmax.isfinite().all()):
+        raise QuantError("scales differ by more than float32 can hold", 'store them as "float32"')
     scaled = centred / torch.where(absmax > 0, absmax, torch.ones_like(absmax))[:, None]
     levels = dynamic_levels().to(values.device)
     codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
     return Scales(stored=codes.view(-1)[: len(values)].to(torch.uint8), absmax=absmax, mean=mean)
+
+
+def _shifted(values: Tensor, exponent: int) -> Tensor:
+    # float32 cannot hold the power itself where weights are at its ends.
+    return torch.ldexp(values.to(torch.float64), torch.tensor(exponent)).to(torch.float32)
 
 
 def check_storage(storage: str) -> None:

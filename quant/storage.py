@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,42 @@ def load_quantized_(model: nn.Module, folder: Path | str) -> None:
         bias = biases.get(name)
         if slot.holder is not None and bias is not None:
             slot.holder.register_parameter("bias", nn.Parameter(bias.to(slot.device), requires_grad=False))
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return what `quant.json` of a folder says.
+
+    Raises:
+        QuantError: It is missing, damaged or of another schema.
+    """
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        raise QuantError(
+            f"{folder} holds no {TENSORS_FILE} with its {INDEX_FILE}",
+            "pass a folder that save_quantized wrote",
+        )
+    try:
+        index = dict(json.loads(path.read_text(encoding="utf-8")))
+        schema = index["schema"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise QuantError(f"{path} is damaged: {error!r}", REMEDY) from error
+    if schema != SCHEMA:
+        raise QuantError(f"{path} has the schema {schema!r}, not {SCHEMA!r}", REMEDY)
+    return index
+
+
+def check_hashes(folder: Path, hashes: Mapping[str, str], remedy: str) -> list[Path]:
+    """Return the paths of the files that an index names.
+
+    Raises:
+        QuantError: One is missing or has another hash; with this remedy.
+    """
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            raise QuantError(f"{folder} holds no {name}", remedy)
+        if expected != sha256(folder / name):
+            raise QuantError(f"{folder / name} is not the file that {INDEX_FILE} describes", remedy)
+    return [folder / name for name in hashes]
 
 
 def _collect(model: nn.Module) -> tuple[dict[str, StoredLayer], dict[str, Tensor]]:
@@ -173,27 +210,15 @@ def _build_stack(
 
 def _read(folder: Path) -> tuple[dict[str, StoredLayer], _StoredTensors]:
     """Return entries and tensors of a folder whose hashes are right."""
-    if not (folder / INDEX_FILE).is_file():
-        raise QuantError(
-            f"{folder} holds no {TENSORS_FILE} with its {INDEX_FILE}",
-            "pass a folder that save_quantized wrote",
-        )
+    index = read_index(folder)
     try:
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        schema, hashes = index["schema"], index["sha256"]
+        hashes = index["sha256"]
         # One hash for `quant.safetensors`, or a hash for each of several files.
         files = dict(hashes) if isinstance(hashes, dict) else {TENSORS_FILE: str(hashes)}
         layers = {name: StoredLayer.from_entry(entry) for name, entry in index["layers"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise QuantError(f"{folder / INDEX_FILE} is damaged: {error!r}", REMEDY) from error
-    if schema != SCHEMA:
-        raise QuantError(f"{folder / INDEX_FILE} has the schema {schema!r}, not {SCHEMA!r}", REMEDY)
-    for name, expected in files.items():
-        if not (folder / name).is_file():
-            raise QuantError(f"{folder} holds no {name}", "pass a folder that save_quantized wrote")
-        if expected != sha256(folder / name):
-            raise QuantError(f"{folder / name} is not the file that {INDEX_FILE} describes", REMEDY)
-    return layers, _StoredTensors(folder / name for name in files)
+    return layers, _StoredTensors(check_hashes(folder, files, REMEDY))
 
 
 class _StoredTensors:

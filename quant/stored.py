@@ -21,6 +21,11 @@ from quant.tree import replace_module_
 Packed = QuantLinear | QuantEmbedding | PackedParameter | PackedExperts
 PARAMETRIZED = ".parametrizations."
 TERNARY = "ternary"
+NAMES = (
+    "; names in the files must be those of the model's modules, which transformers writes by "
+    "save_pretrained(..., save_original_format=False)"
+)
+"""What helps, too, where a stored name is no module."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +178,7 @@ def _module_slot(model: nn.Module, name: str, layer: StoredLayer) -> Slot:
         return replace(_parameter_slot(model, f"{name}.weight", layer), holder=old)
     if old is None or _kind_and_shape(old) != (layer.kind, layer.shape):
         found = "nothing" if old is None else f"a {type(old).__name__} of shape {_kind_and_shape(old)[1]}"
-        raise _misfit(name, layer, found)
+        raise _misfit(name, layer, found, NAMES if old is None and layer.kind == "linear" else "")
     weight = old._dtype_mark if isinstance(old, PackedWeight) else next(old.parameters())
     return Slot(_real(weight), weight.dtype, lambda new: replace_module_(model, old, new))
 
@@ -206,10 +211,10 @@ def _kind_and_shape(module: nn.Module) -> tuple[str, tuple[int, ...]]:
     return kind, tuple(module.weight.shape) if isinstance(module, (nn.Linear, nn.Embedding)) else ()
 
 
-def _misfit(name: str, layer: StoredLayer, found: str) -> QuantError:
+def _misfit(name: str, layer: StoredLayer, found: str, more: str = "") -> QuantError:
     return QuantError(
         f"{name} is {found} in the model, but a stored {layer.kind} {layer.replaced_shape}",
-        "build the model with the shapes that were saved",
+        f"build the model with the shapes that were saved{more}",
     )
 
 

@@ -101,8 +101,8 @@ def gaussian_layers() -> Iterable[tuple[str, Tensor, Tensor, Tensor]]:
     yield "gaussian", weight, fit.T @ fit / len(fit), measure.T @ measure / len(measure)
 
 
-def model_layers(folder: Path, windows: int) -> Iterable[tuple[str, Tensor, Tensor, Tensor]]:
-    """Yield every linear layer of a model but its head."""
+def model_layers(folder: Path, windows: int, every: int) -> Iterable[tuple[str, Tensor, Tensor, Tensor]]:
+    """Yield every linear layer of a model but its head, or each of so many."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layers = {
@@ -110,6 +110,7 @@ def model_layers(folder: Path, windows: int) -> Iterable[tuple[str, Tensor, Tens
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
     }
+    layers = dict(list(layers.items())[::every])
     fit, measure = (
         quant.collect_covariances(
             model,
@@ -129,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="transformers folder; the demo model without it")
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens, to fit and to measure")
+    parser.add_argument("--every", type=int, default=1, help="take each n-th layer: all of them take hours")
     parser.add_argument("--rank", type=int, default=16)
     arguments = parser.parse_args()
     console = Console(width=120)
@@ -138,8 +140,9 @@ def main() -> None:
         layer_table(f"Gaussian 1024 x 1024, correlated inputs, {title}", gaussian_layers(), arguments.rank)
     )
     folder = arguments.model or demo_folder()
-    layers = model_layers(folder, arguments.windows)
-    console.print(layer_table(f"every linear layer of {folder.name}, {title}", layers, arguments.rank))
+    layers = model_layers(folder, arguments.windows, arguments.every)
+    which = "every linear layer" if arguments.every == 1 else f"each {arguments.every}th linear layer"
+    console.print(layer_table(f"{which} of {folder.name}, {title}", layers, arguments.rank))
 
 
 if __name__ == "__main__":

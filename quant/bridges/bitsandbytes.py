@@ -147,7 +147,7 @@ def from_bitsandbytes(codes: Tensor, state: QuantState) -> QuantizedTensor:
 def linear_to_bitsandbytes(layer: QuantLinear) -> Linear4bit:
     """Return the packed weight and the bias as a ``bitsandbytes.nn.Linear4bit``; adapters are not part of it.
 
-    `quant.bridges.peft.adapters_to_peft` exports the adapters.
+    `quant.bridges.peft_adapters.adapters_to_peft` exports the adapters.
 
     Raises:
         QuantError: Format, block size or dtype are unknown to bitsandbytes.

@@ -38,6 +38,10 @@ BASE_KEEPING = (True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base weight as it was."""
 
 
+ZERO_PRODUCT = (True, "gaussian")
+"""Those of them that start with one factor zero."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Target:
     """A LoRA layer of PEFT, and the parameter below it.
@@ -50,6 +54,7 @@ class _Target:
         key: The parameter's name there.
         transposed: Whether the parameter is (..., in_features, out_features).
         adapters: Names of the adapters to initialize.
+        untouched_product: Whether fresh adapters have a product of zero.
     """
 
     name: str
@@ -59,6 +64,7 @@ class _Target:
     key: str
     transposed: bool
     adapters: tuple[str, ...]
+    untouched_product: bool
 
     @property
     def weight(self) -> Tensor:
@@ -117,6 +123,12 @@ def loftq_peft_(
     groups = _groups(peft_model, names, packed)
     for group in groups:
         check_stackable(group[0].weight, block_size, scale_storage, group[0].name)
+    taken = {target.name for group in groups for target in group}
+    unknown = sorted(set(covariances or {}) - taken)
+    if unknown:
+        raise QuantError(
+            f"a covariance is given for {unknown[0]}, which has no adapter here", "name its layer"
+        )
     total = sum(map(len, groups))
     reports: list[LayerReport] = []
     for group in groups:
@@ -162,6 +174,11 @@ def _groups(peft_model: nn.Module, names: tuple[str, ...], packed: bool) -> list
                 f"this {type(peft_model).__name__} has no adapter {name!r}",
                 f"pass a model of peft.get_peft_model, and one of {', '.join(map(repr, configs)) or 'its adapters'}",
             )
+        if getattr(configs[name], "init_lora_weights", None) is None:
+            raise QuantError(
+                f"the adapter {name!r} is {type(configs[name]).__name__.removesuffix('Config')}, not LoRA",
+                "use a LoraConfig",
+            )
         if configs[name].init_lora_weights not in BASE_KEEPING:
             raise QuantError(
                 f"the adapter {name!r} was made with init_lora_weights={configs[name].init_lora_weights!r}, "
@@ -185,6 +202,7 @@ def _targets(peft_model: nn.Module, names: tuple[str, ...]) -> list[_Target]:
     from peft.tuners.lora import layer as lora
 
     kinds = {lora.Linear: "linear", lora.Embedding: "embedding", lora.ParamWrapper: "parameter"}
+    configs: Any = peft_model.peft_config
     targets = []
     for name, layer in peft_model.named_modules():
         if not isinstance(layer, lora.LoraLayer):
@@ -207,6 +225,9 @@ def _targets(peft_model: nn.Module, names: tuple[str, ...]) -> list[_Target]:
                 key="weight" if kind != "parameter" else layer.parameter_name,
                 transposed=_transposed(layer, kind, holder),
                 adapters=adapters,
+                untouched_product=all(
+                    configs[adapter].init_lora_weights in ZERO_PRODUCT for adapter in adapters
+                ),
             )
         )
     return targets
@@ -245,6 +266,11 @@ def _check(target: _Target, packed: bool) -> None:
         raise QuantError(f"the base of {target.name} is packed already", "load the model again")
     check_weight(target.weight, target.name)
     for adapter in target.adapters:
+        if target.untouched_product and _has_learned(target, adapter):
+            raise QuantError(
+                f"the adapter {adapter!r} of {target.name} is not zero any more, and LoftQ would discard it",
+                "load the model again and make fresh adapters",
+            )
         scaling = target.layer.scaling[adapter]
         if not (math.isfinite(scaling) and scaling > 0):
             raise QuantError(f"{target.name} scales {adapter!r} by {scaling}", "set lora_alpha above 0")
@@ -259,6 +285,16 @@ def _check(target: _Target, packed: bool) -> None:
             f"{target.name} is a parameter that PEFT wraps anew in every forward, which fails over a packed one",
             "set packed=False, or take it out of target_parameters and call quant.loftq_parameter_",
         )
+
+
+def _has_learned(target: _Target, adapter: str) -> bool:
+    """Whether an adapter that began with a product of zero has another now."""
+    layer = target.layer
+    if target.kind == "embedding":
+        factors = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    else:
+        factors = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return all(bool(factor.detach().any()) for factor in factors)
 
 
 def _check_shared(peft_model: nn.Module, group: list[_Target]) -> None:

@@ -125,16 +125,21 @@ def load_peft_adapters_(model: nn.Module, folder: Path | str) -> list[str]:
     """Give packed layers the adapters that PEFT, or `save_peft_adapters`, has written; see `adapters_from_peft_`.
 
     Raises:
-        QuantError: A file is missing, or as in `adapters_from_peft_`.
+        QuantError: A file is missing or damaged, or as in `adapters_from_peft_`.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
     for file in (TENSORS_FILE, CONFIG_FILE):
         if not (folder / file).is_file():
             raise QuantError(f"{folder} holds no {file}", "pass a folder of PeftModel.save_pretrained")
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    return adapters_from_peft_(model, load_file(folder / TENSORS_FILE), config)
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        state = load_file(folder / TENSORS_FILE)
+    except (ValueError, SafetensorError) as error:
+        raise QuantError(f"{folder} holds a damaged file: {error}", "save the adapters again") from error
+    return adapters_from_peft_(model, state, config)
 
 
 def dequantize_linears_(model: nn.Module) -> list[str]:

@@ -26,9 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
             device=_device(given.device),
             patience=given.patience,
         )
-    except QuantError as error:
+    except (QuantError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on where it was", file=sys.stderr, flush=True)
+        return 130
     if os.environ.get("RANK", "0") == "0":
         before = sum(report.bytes_before for report in reports)
         after = sum(report.bytes_after for report in reports)
@@ -42,8 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help="folder of a checkpoint in safetensors files")
     parser.add_argument("output", help="folder of the result")
     parser.add_argument(
-        "--format", default=default.format, help="of the linear layers (default: %(default)s)"
-    )
+        "--format", default=default.format,
+        help="of the linear layers: a name, or a number of bits (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--format-for", nargs=2, action="append", default=[], metavar=("REGEX", "FORMAT"),
         help="another format for the layers whose name matches; may be repeated, the first match counts",
@@ -78,8 +82,8 @@ def _parser() -> argparse.ArgumentParser:
 def _config(given: argparse.Namespace) -> StreamConfig:
     default = StreamConfig()
     return StreamConfig(
-        format=given.format,
-        formats=tuple((expression, format) for expression, format in given.format_for),
+        format=_format(given.format),
+        formats=tuple((expression, _format(format)) for expression, format in given.format_for),
         block_size=given.block_size,
         scale_storage=given.scale_storage,
         rank=given.rank,
@@ -92,6 +96,10 @@ def _config(given: argparse.Namespace) -> StreamConfig:
         shard_bytes=given.shard_bytes,
         peft_adapters=given.peft_adapters,
     )
+
+
+def _format(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
 
 
 def _device(device: str) -> str:

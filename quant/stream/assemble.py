@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quant.errors import QuantError
 from quant.files import sha256
 from quant.storage import INDEX_FILE, SCHEMA, TENSORS_FILE
 from quant.stored import StoredLayer
@@ -23,31 +22,35 @@ from quant.stream.source import Checkpoint
 from quant.stream.work import DONE_FILE, RESULT_FOLDER, Job, written_before
 from quant.stream.work import SCHEMA as STREAM_SCHEMA
 
-REST_FILE = "unquantized.safetensors"
+REST_FILE, REST_HASHES = "unquantized.safetensors", "unquantized_sha256"
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of the files that are copied along: the configuration and the tokenizer's."""
 OWN_FILES = (INDEX_FILE, DONE_FILE)
 
 
-def assemble(job: Job, checkpoint: Checkpoint, config: StreamConfig) -> None:
+def assemble(job: Job, parts: Mapping[str, Part], checkpoint: Checkpoint, config: StreamConfig) -> None:
     """Write the result from the parts, then put it into the output folder file by file.
 
     Nothing in the output folder changes before the last byte is written. `stream.json`, which comes last, says
     that all is there.
 
+    Args:
+        job: What is assembled, and where.
+        parts: The finished part of each layer by its name.
+        checkpoint: The source.
+        config: As in `loftq_checkpoint`.
+
     Raises:
-        QuantError: A part vanished, or a file of the source changed meanwhile.
+        QuantError: A file of the source changed meanwhile.
     """
-    parts = {layer.name: _part(job, place) for place, layer in enumerate(job.layers)}
     result = job.work / RESULT_FOLDER
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
     _copy_companions(checkpoint.folder, result)
-    write_shards(result, REST_FILE, _rest(checkpoint, job.layers), config.shard_bytes)
+    rest = write_shards(result, REST_FILE, _rest(checkpoint, job.layers), config.shard_bytes)
     shards = write_shards(result, TENSORS_FILE, _packed(job.layers, parts), config.shard_bytes)
-    _write_json(
-        result / INDEX_FILE, _index(job.layers, config, {name: sha256(result / name) for name in shards})
-    )
+    index = _index(job.layers, config, _hashes(result, shards))
+    _write_json(result / INDEX_FILE, {**index, REST_HASHES: _hashes(result, rest)})
     if config.peft_adapters:
         write_adapters(result, job.layers, parts, config)
     _publish(job, result, _layer_reports(job.layers, parts))
@@ -77,13 +80,6 @@ def write_shards(folder: Path, name: str, tensors: Mapping[str, StoredTensor], m
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / f"{name}.index.json", index)
     return names
-
-
-def _part(job: Job, place: int) -> Part:
-    part = job.part(place)
-    if part is None:
-        raise QuantError(f"the part of {job.layers[place].name} vanished from {job.work}", "run again")
-    return part
 
 
 def _packed(layers: list[Layer], parts: Mapping[str, Part]) -> dict[str, StoredTensor]:
@@ -116,6 +112,10 @@ def _index(layers: list[Layer], config: StreamConfig, hashes: dict[str, str]) ->
     }
     single = hashes.get(TENSORS_FILE)
     return {"schema": SCHEMA, "layers": entries, "sha256": hashes if single is None else single}
+
+
+def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
+    return {name: sha256(folder / name) for name in names}
 
 
 def _layer_reports(layers: list[Layer], parts: Mapping[str, Part]) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from quant.apply import LayerReport
 from quant.errors import QuantError
 from quant.stream.adapters import check_adapters
 from quant.stream.assemble import assemble
 from quant.stream.config import StreamConfig
 from quant.stream.layers import find_layers, share
-from quant.stream.part import write_part
+from quant.stream.part import Part, write_part
 from quant.stream.source import open_checkpoint
 from quant.stream.work import Job
 
@@ -58,11 +60,13 @@ def loftq_checkpoint(
         A report for each layer, sorted by name, on every process.
 
     Raises:
-        QuantError: The source is missing, damaged or quantized already, a weight cannot be quantized, an
-            unfinished run had other settings, or another process ended early. Whatever was in `output`
+        QuantError: An argument is of no use, such as a device that is not there; the source is missing, damaged
+            or quantized already, a weight cannot be quantized, the output is no folder, an unfinished run had
+            other settings, or another process ended early. Whatever was in `output`
             before is still there, and so are the layers that are done.
     """
     config = config or StreamConfig()
+    _check(config, device, patience)
     process, processes = _place(process, processes)
     checkpoint = open_checkpoint(Path(source))
     if Path(source).resolve() == Path(output).resolve():
@@ -77,12 +81,29 @@ def loftq_checkpoint(
         job.begin()
         _write_parts(job, config, process, processes, device, on_layer)
         if process == 0:
-            _wait(job, lambda: job.parts_written() == len(layers), patience)
-            assemble(job, checkpoint, config)
+            assemble(job, _gather(job, patience), checkpoint, config)
         else:
             _wait(job, lambda: job.finished() is not None, patience)
     job.end()
     return _reports(job)
+
+
+def _check(config: StreamConfig, device: str, patience: float) -> None:
+    if not isinstance(config, StreamConfig):
+        raise QuantError(
+            f"config is a {type(config).__name__}",
+            "pass a quant.stream.StreamConfig: it has the same settings, and excludes embeddings and heads by name",
+        )
+    if not patience >= 0:
+        raise QuantError(f"a patience of {patience:g} seconds", "choose 0 seconds or more")
+    try:
+        torch.ones(1, device=device).item()
+    # A build without the device's library fails an assertion.
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).strip().partition("\n")[0]
+        raise QuantError(
+            f"the device {device!r} cannot be used: {problem}", "choose another, such as cpu"
+        ) from error
 
 
 def _write_parts(
@@ -104,6 +125,21 @@ def _write_parts(
             write_part(job.part_path(place), layer, config, device)
         if on_layer is not None:
             on_layer(layer.name, done, len(own))
+
+
+def _gather(job: Job, patience: float) -> dict[str, Part]:
+    """Return the parts of all layers by name once they are there; each is read a single time."""
+    parts: dict[str, Part] = {}
+
+    def complete() -> bool:
+        for place, layer in enumerate(job.layers):
+            part = None if layer.name in parts else job.part(place)
+            if part is not None:
+                parts[layer.name] = part
+        return len(parts) == len(job.layers)
+
+    _wait(job, complete, patience)
+    return parts
 
 
 def _wait(job: Job, ready: Callable[[], bool], patience: float) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from quant.errors import QuantError
-from quant.storage import load_quantized_
-from quant.stream.assemble import REST_FILE
+from quant.storage import INDEX_FILE, check_hashes, load_quantized_, read_index
+from quant.stream.assemble import REST_FILE, REST_HASHES
 from quant.stream.header import Header, read_header
+
+REMEDY = (
+    f"pass a folder that loftq_checkpoint wrote; to write it anew, delete its {INDEX_FILE} and run that again"
+)
 
 
 def load_checkpoint_(model: nn.Module, folder: Path | str) -> list[str]:
@@ -43,15 +46,11 @@ def load_checkpoint_(model: nn.Module, folder: Path | str) -> list[str]:
 
 
 def _rest_files(folder: Path) -> list[Path]:
-    index = folder / f"{REST_FILE}.index.json"
-    if not index.is_file():
-        single = folder / REST_FILE
-        return [single] if single.is_file() else []
-    try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise QuantError(f"{index} is damaged: {error!r}", "run loftq_checkpoint again") from error
-    return [folder / name for name in sorted(names)]
+    """Return the files of the tensors in no packed layer, whose hashes are right."""
+    hashes = read_index(folder).get(REST_HASHES)
+    if not isinstance(hashes, dict):
+        raise QuantError(f"{folder / INDEX_FILE} does not say what {REST_FILE} was", REMEDY)
+    return check_hashes(folder, hashes, REMEDY)
 
 
 def _check_shapes(model: nn.Module, headers: list[Header]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quant.errors import QuantError
-from quant.files import import_safetensors, replace_file
+from quant.files import import_safetensors, replace_file, sha256
 from quant.loftq import LoftQResult, loftq
 from quant.stream.config import StreamConfig
 from quant.stream.header import StoredTensor, read_header
@@ -33,7 +33,7 @@ class Part:
 
 
 def write_part(path: Path, layer: Layer, config: StreamConfig, device: str) -> None:
-    """Run LoftQ on a layer and write the result.
+    """Run LoftQ on a layer and write the result, and its hash beside it.
 
     Raises:
         QuantError: The weight cannot be read or quantized; the message names the layer.
@@ -45,19 +45,31 @@ def write_part(path: Path, layer: Layer, config: StreamConfig, device: str) -> N
     named = {**result.quantized.parts(), "lora_A": result.lora_A / root, "lora_B": result.lora_B / root}
     tensors = {f"{layer.name}.{key}": tensor.cpu().contiguous() for key, tensor in named.items()}
     note = json.dumps({"name": layer.name, "errors": result.errors})
-    replace_file(path, lambda temporary: save_file(tensors, temporary, {NOTE: note}))
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, {NOTE: note})
+        # Before the part: one without its hash is never there.
+        _hash_path(path).write_text(sha256(temporary), "utf-8")
+
+    replace_file(path, write)
 
 
 def read_part(path: Path, layer: Layer) -> Part | None:
-    """Return the finished part of a layer, or None where there is none that is whole."""
+    """Return the finished part of a layer, or None where there is none that is whole, to the bit."""
     try:
+        if sha256(path) != _hash_path(path).read_text("utf-8"):
+            return None
         header = read_header(path)
         note = json.loads(header.metadata[NOTE])
         if note["name"] == layer.name:
             return Part(tensors=header.tensors, errors=tuple(float(error) for error in note["errors"]))
-    except (QuantError, KeyError, TypeError, ValueError):
+    except (FileNotFoundError, QuantError, KeyError, TypeError, ValueError):
         return None
     return None
+
+
+def _hash_path(path: Path) -> Path:
+    return path.with_suffix(".sha256")
 
 
 def _compress(layer: Layer, config: StreamConfig, device: str) -> LoftQResult:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from quant.files import replace_file
 from quant.stream.layers import Layer
 from quant.stream.part import Part, read_part
 
-WORK_FOLDER, JOB_FILE, PARTS_FOLDER, RESULT_FOLDER = ".work", "job.json", "parts", "result"
+WORK_FOLDER, JOB_FILE, RESULT_FOLDER = ".work", "job.json", "result"
 DONE_FILE, SCHEMA = "stream.json", "graphprune.stream/1"
 
 
@@ -36,9 +37,15 @@ class Job:
         """The folder that is there only until the result is."""
         return self.output / WORK_FOLDER
 
+    @property
+    def parts(self) -> Path:
+        """The folder of the parts: of this job alone, so that what another left is never taken for its own."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return self.work / f"parts-{digest[:16]}"
+
     def part_path(self, place: int) -> Path:
         """Return where the part of the layer at this place lies once it is finished."""
-        return self.work / PARTS_FOLDER / f"{place:06d}.safetensors"
+        return self.parts / f"{place:06d}.safetensors"
 
     def part(self, place: int) -> Part | None:
         """Return the finished part of the layer at this place, or None."""
@@ -46,25 +53,31 @@ class Job:
 
     def parts_written(self) -> int:
         """Return how many part files there are."""
-        return len(list((self.work / PARTS_FOLDER).glob("[0-9]*.safetensors")))
+        return len(list(self.parts.glob("[0-9]*.safetensors")))
 
     def begin(self) -> None:
         """Make the work folder, or take up the one of an earlier run of the same job.
 
         Raises:
-            QuantError: The folder holds parts of another job.
+            QuantError: The folder cannot be made, or it holds parts of another job that is not finished.
         """
-        (self.work / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
         path = self.work / JOB_FILE
         earlier = _read_json(path)
-        if earlier == self.identity:
-            return
-        if self.parts_written():
+        # Without its job file a folder is one that `end` was removing when it was stopped.
+        other = earlier not in ({}, self.identity) and any(self.work.glob("parts-*/*.safetensors"))
+        if other and replace(self, identity=earlier).finished() is None:
             raise QuantError(
                 f"{self.work} was begun with {_difference(earlier, self.identity)}",
                 "run again with the same settings and source, or delete that folder to begin anew",
             )
-        replace_file(path, lambda temporary: temporary.write_text(json.dumps(self.identity), "utf-8"))
+        try:
+            self.parts.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise QuantError(
+                f"{self.parts} cannot be made: {error}", "choose another output folder"
+            ) from error
+        if earlier != self.identity:
+            replace_file(path, lambda temporary: temporary.write_text(json.dumps(self.identity), "utf-8"))
 
     def finished(self) -> dict[str, Any] | None:
         """Return what `DONE_FILE` says if the output is that of this job and whole, else None."""
@@ -76,8 +89,9 @@ class Job:
         return done if whole else None
 
     def end(self) -> None:
-        """Remove the work folder."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        """Remove the work folder, unless another job is at work in it."""
+        if _read_json(self.work / JOB_FILE) in ({}, self.identity):
+            shutil.rmtree(self.work, ignore_errors=True)
 
 
 def written_before(output: Path) -> list[str]:

@@ -178,16 +178,18 @@ def test_plans_compose(network):
     groups = node_groups(trace(once, examined.inputs, dynamic=False))
     second = random_plan(examined, generator, groups)
     left = {name: group.size - len(first.get(name, ())) for name, group in examined.groups.items()}
-    if any(groups[name].size != left[name] for name in second):
+    alike = Counter(name.partition("#")[0] for name in examined.groups)
+    if any(alike[name.partition("#")[0]] > 1 and left[name] == 1 for name in first):
         # An axis within a width that was cut to one unit is none any more, and those of its name are numbered anew.
-        alike = Counter(name.partition("#")[0] for name in examined.groups)
-        assert any(alike[name.partition("#")[0]] > 1 and left[name] == 1 for name in first)
         return
+    assert all(groups[name].size == left[name] for name in second)
     twice = shrink(once, groups, second, examined.inputs)
     at_once = shrink(examined.model, examined.groups, first.then(second, examined.groups), examined.inputs)
     weights, expected = dict(twice.named_parameters()), dict(at_once.named_parameters())
     assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    for name in weights:
+        # A norm's weight takes over what its divisor loses: sqrt(5/6) sqrt(3/5) is sqrt(3/6) but for rounding.
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-15, atol=0)
     assert distance(twice(**examined.inputs), at_once(**examined.inputs)) < TOLERANCE
 
 

@@ -220,3 +220,42 @@ def test_nothing_to_do_is_an_error(model: nn.Module) -> None:
 def test_a_wrong_setting_is_refused(setting: dict, match: str) -> None:
     with pytest.raises(QuantError, match=re.escape(match)):
         LoftQConfig(**setting)
+
+
+def test_a_single_expression_stands_for_itself() -> None:
+    config = LoftQConfig(rank=4, block_size=16, include="up", exclude="blocks.1", formats={"up": 2})
+    _model, reports = loftq_model(LanguageModel(), config)
+    assert [(report.name, report.format) for report in reports] == [("blocks.0.up", "uint2")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"rank": 8.0}, "rank 8.0"),
+        ({"rank": True}, "rank True"),
+        ({"rank": "8"}, "rank '8'"),
+        ({"rank": 0}, "^adapters of rank 0 are not possible"),
+        ({"iterations": 1.5}, "1.5 iterations"),
+        ({"iterations": -1}, "-1 iterations"),
+        ({"block_size": "64"}, "'64' weights"),
+        ({"block_size": 64.0}, "64.0 weights"),
+        ({"alpha": 0}, "^an alpha of 0 is"),
+        ({"propagation": 2}, "^a propagation of 2 is"),
+        ({"formats": ("down", 3)}, "are no pairs"),
+        ({"formats": 5}, "are no pairs"),
+    ],
+)
+def test_settings_out_of_range_are_refused_one_by_one(settings: dict, match: str) -> None:
+    with pytest.raises(QuantError, match=match):
+        LoftQConfig(**settings)
+
+
+def test_what_would_be_ignored_is_refused() -> None:
+    for config, match in (
+        (LoftQConfig(formats=(("dwon", 3),)), "no layer to quantize has a name with 'dwon'"),
+        (LoftQConfig(compensated=True), "without calibration batches"),
+    ):
+        model = LanguageModel()
+        with pytest.raises(QuantError, match=match):
+            loftq_model(model, config)
+        assert not packed_names(model)

@@ -320,3 +320,18 @@ def test_what_cannot_be_quantized_is_refused(weight: torch.Tensor, match: str) -
 def test_a_block_size_out_of_range_is_refused(block_size: int) -> None:
     with pytest.raises(QuantError, match=f"block of {block_size} "):
         quantize(torch.ones(4), block_size=block_size)
+
+
+@pytest.mark.parametrize("format", ["nf4", "uint2"])
+def test_scales_near_the_end_of_float32_are_doubly_quantized_too(format: str) -> None:
+    drawn = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
+    small, large = (
+        quantize(drawn * size, format, scale_storage="double").dequantize(torch.float64) / size
+        for size in (1.0, 2.0**126)
+    )
+    torch.testing.assert_close(large, small, rtol=1e-4, atol=1e-4)
+
+
+def test_a_quantized_tensor_is_shown_without_its_codes() -> None:
+    shown = repr(quantize(torch.zeros(3, 64), "nf4"))
+    assert shown == "QuantizedTensor(3, 64, format=nf4, block_size=64, nbytes=108)"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant import LoftQConfig, QuantError, QuantLinear, collect_covariances, loftq_model
+from quant import InputNorm, LoftQConfig, QuantError, QuantLinear, collect_covariances, loftq_model
 from quant.chain import find_chain
 from quant.covariance import propagated_target
 from quant.sequential import quantize_chain
@@ -244,3 +244,8 @@ def test_text_that_the_model_cannot_read_is_refused(text: Any, match: str) -> No
     with pytest.raises(QuantError, match=match):
         loftq_model(model, LoftQConfig(rank=2), text)
     assert isinstance(model[0], nn.Linear)
+
+
+def test_a_matrix_that_is_no_covariance_is_refused() -> None:
+    with pytest.raises(QuantError, match="not symmetric"):
+        InputNorm.of(torch.randn(8, 8))

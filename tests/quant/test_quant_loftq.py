@@ -174,3 +174,29 @@ def test_a_warm_start_costs_fewer_steps_and_no_quality() -> None:
 def test_wrong_arguments_are_refused(weight: torch.Tensor, arguments: dict, match: str) -> None:
     with pytest.raises(QuantError, match=match):
         loftq(weight, **arguments)
+
+
+@pytest.mark.parametrize("storage", ["float32", "double"])
+@pytest.mark.parametrize("format", ["nf4", "uint2"])
+@pytest.mark.parametrize("exponent", [100, 60, -60, -100])
+def test_the_size_of_weights_does_not_matter(format: str, storage: str, exponent: int) -> None:
+    """From 1e-30 to 1e30, where squares leave float32's range."""
+    drawn = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)).double()
+    plain = loftq(drawn, format, 4, 3, 16, scale_storage=storage)
+    found = loftq((drawn * 2.0**exponent).float(), format, 4, 3, 16, scale_storage=storage)
+    assert found.errors == pytest.approx(plain.errors, rel=1e-3)
+    product = found.lora_B.double() @ found.lora_A.double()
+    missing = drawn - (found.quantized.dequantize(torch.float64) + product) * 2.0**-exponent
+    assert float(missing.norm() / drawn.norm()) == pytest.approx(min(plain.errors), rel=1e-2)
+
+
+def test_denormal_weights_get_adapters_too() -> None:
+    drawn = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) * 1e-39
+    found = loftq(drawn, "nf4", 8, 3, 16)
+    assert 0.03 < min(found.errors) < 0.9 * found.errors[0]
+
+
+def test_zero_iterations_start_from_the_same_kind_of_a_whatever_the_weight() -> None:
+    large = loftq(torch.randn(48, 64) * 1e30, "nf4", 8, 0, 16)
+    assert 1e-3 < float(large.lora_A.std()) < 1
+    assert not large.lora_B.any()

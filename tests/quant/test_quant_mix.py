@@ -105,3 +105,15 @@ def test_no_choice_of_as_many_bytes_loses_less(layers: list[list[tuple[int, floa
     # The greedy choice is optimal but for what does not fit any more: at most one layer's step.
     steps = [a.loss - b.loss for choices in measured.values() for a, b in pairwise(choices)]
     assert best - 1e-9 <= mix.loss <= best + max(steps, default=0.0) + 1e-9
+
+
+def test_what_cannot_be_mixed_is_refused() -> None:
+    config = LoftQConfig(rank=2, iterations=1, block_size=16)
+    for arguments, match in (
+        ({"loss": lambda output: output}, "without calibration batches"),
+        ({"formats": ()}, "no format to choose from"),
+        ({"nbytes": float("nan")}, "a budget of nan"),
+    ):
+        with pytest.raises(QuantError, match=match):
+            mix_for_budget(**{"model": tree(), "config": config, "nbytes": 10**6, **arguments})
+    assert {c.format for c in mix_for_budget(tree(), config, 10**6, "nf4").chosen.values()} == {"nf4"}

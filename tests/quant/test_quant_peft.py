@@ -527,3 +527,33 @@ def test_experts_packed_without_peft_start_nearer_to_the_float_model_too() -> No
         factors = [each for name, each in model.named_parameters() if "experts" in name and "lora_B" in name]
         assert all(float(each.grad.abs().sum()) > 0 for each in factors)
     assert distances[1] < 0.85 * distances[0]
+
+
+def test_adapters_that_are_not_fresh_are_refused() -> None:
+    """A second time would take the quantized base for the weight, and discard what was learned."""
+    model = adapted(llama)
+    loftq_peft_(model, "nf4", 1)
+    wanted = logits(model)
+    with pytest.raises(QuantError, match="is not zero any more"):
+        loftq_peft_(model, "nf4", 1)
+    assert torch.equal(logits(model), wanted)
+    with pytest.raises(QuantError, match="nonsense, which has no adapter"):
+        loftq_peft_(adapted(llama), "nf4", 1, covariances={"model.nonsense": torch.eye(64)})
+    other = seeded(
+        lambda: peft.get_peft_model(
+            llama(), peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[])
+        )
+    )
+    with pytest.raises(QuantError, match="is IA3, not LoRA"):
+        loftq_peft_(other, "nf4", 1)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_damaged_adapters_are_refused(tmp_path: Path, file: str) -> None:
+    model = packed_llama()
+    save_peft_adapters(model, tmp_path)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-20])
+    wanted = logits(model)
+    with pytest.raises(QuantError, match="damaged file"):
+        load_peft_adapters_(model, tmp_path)
+    assert torch.equal(logits(model), wanted)

@@ -225,8 +225,7 @@ def test_what_a_dead_process_left_is_used_and_what_is_missing_done(
         loftq_checkpoint(source, tmp_path / "out", CONFIG, process=0, processes=2, patience=0.0)
     with pytest.raises(QuantError, match=r"6 of 6 layers"):
         loftq_checkpoint(source, tmp_path / "out", CONFIG, process=1, processes=2, patience=0.0)
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / ".work" / "parts").iterdir()}
-    assert len(written) == 6
+    assert len(parts_of(tmp_path / "out")) == 6
     # Nothing is left to compute.
     monkeypatch.setattr("quant.stream.part.loftq", None)
     loftq_checkpoint(source, tmp_path / "out", CONFIG)
@@ -250,6 +249,11 @@ def test_a_process_under_whose_feet_the_others_finish_comes_to_their_result(
     assert not (tmp_path / "out" / ".work").exists()
 
 
+def parts_of(output: Path) -> list[Path]:
+    """Return the finished layers of a run that was stopped."""
+    return sorted((output / ".work").glob("parts*/*.safetensors"))
+
+
 class Killed(Exception):
     pass
 
@@ -267,26 +271,82 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, sourc
     with pytest.raises(Killed):
         loftq_checkpoint(source, tmp_path / "out", CONFIG, on_layer=kill_after(layers))
     assert not (tmp_path / "out" / "quant.json").exists()
-    parts = tmp_path / "out" / ".work" / "parts"
-    before = {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in parts_of(tmp_path / "out")}
     assert len(before) == layers
     with pytest.raises(Killed):
         loftq_checkpoint(source, tmp_path / "out", CONFIG, on_layer=kill_after(6))
-    assert {name: (parts / name).stat().st_mtime_ns for name in before} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     loftq_checkpoint(source, tmp_path / "out", CONFIG)
     loftq_checkpoint(source, tmp_path / "new", CONFIG)
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
 
 
-@pytest.mark.parametrize("damage", ["cut short", "another layer's"])
+@pytest.mark.parametrize("damage", ["cut short", "another layer's", "a bit", "no hash"])
 def test_a_part_that_is_not_whole_is_done_again(tmp_path: Path, source: Path, damage: str) -> None:
     with pytest.raises(Killed):
         loftq_checkpoint(source, tmp_path / "out", CONFIG, on_layer=kill_after(2))
-    first, second = sorted((tmp_path / "out" / ".work" / "parts").iterdir())
-    first.write_bytes(first.read_bytes()[:-1] if damage == "cut short" else second.read_bytes())
+    first, second = parts_of(tmp_path / "out")
+    whole = first.read_bytes()
+    changed = {
+        "cut short": whole[:-1], "another layer's": second.read_bytes(),
+        "a bit": whole[:-1] + bytes([whole[-1] ^ 1]), "no hash": whole,
+    }  # fmt: skip
+    first.write_bytes(changed[damage])
+    hashed = first.with_suffix(".sha256")
+    if damage == "another layer's":
+        hashed.write_bytes(second.with_suffix(".sha256").read_bytes())
+    elif damage == "no hash":
+        hashed.unlink()
+    written = [path.stat().st_ino for path in (first, second)]
+    with pytest.raises(Killed):
+        loftq_checkpoint(source, tmp_path / "out", CONFIG, on_layer=kill_after(2))
+    again = [path.stat().st_ino for path in (first, second)]
+    assert again[0] != written[0]
+    assert again[1] == written[1]
     loftq_checkpoint(source, tmp_path / "out", CONFIG)
     loftq_checkpoint(source, tmp_path / "new", CONFIG)
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+def test_a_finished_run_asked_for_again_leaves_the_work_of_another(tmp_path: Path, source: Path) -> None:
+    loftq_checkpoint(source, tmp_path / "out", CONFIG)
+    with pytest.raises(Killed):
+        loftq_checkpoint(source, tmp_path / "out", replace(CONFIG, rank=5), on_layer=kill_after(4))
+    loftq_checkpoint(source, tmp_path / "out", CONFIG)
+    assert len(parts_of(tmp_path / "out")) == 4
+
+
+def test_the_first_process_waits_for_a_damaged_part_of_another(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(Killed):
+        loftq_checkpoint(source, tmp_path / "out", CONFIG, on_layer=kill_after(6))
+    for path in parts_of(tmp_path / "out"):
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(QuantError, match="no process has added one"):
+        loftq_checkpoint(source, tmp_path / "out", CONFIG, process=0, processes=2, patience=0.0)
+    with pytest.raises(QuantError, match="no process has added one"):
+        loftq_checkpoint(source, tmp_path / "out", CONFIG, process=1, processes=2, patience=0.0)
+    loftq_checkpoint(source, tmp_path / "out", CONFIG, process=0, processes=2, patience=0.0)
+    loftq_checkpoint(source, tmp_path / "new", CONFIG)
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+@pytest.mark.parametrize("left", ["all", "no job file", "some parts"])
+def test_what_is_left_of_a_finished_run_is_in_no_other_ones_way(
+    tmp_path: Path, source: Path, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as stopped:
+        stopped.setattr("quant.stream.work.Job.end", lambda job: None)
+        loftq_checkpoint(source, tmp_path / "out", CONFIG)
+    if left == "no job file":
+        (tmp_path / "out" / ".work" / "job.json").unlink()
+    elif left == "some parts":
+        for path in parts_of(tmp_path / "out")[:3]:
+            path.unlink()
+    other = replace(CONFIG, rank=5)
+    loftq_checkpoint(source, tmp_path / "out", other)
+    loftq_checkpoint(source, tmp_path / "new", other)
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+    assert not (tmp_path / "out" / ".work").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "quant.safetensors", "quant.json", "stream.json"])
@@ -595,13 +655,31 @@ def test_what_stays_on_the_meta_device_or_has_another_shape_is_named(tmp_path: P
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
 
 
-def test_a_changed_byte_of_any_file_is_found_when_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard_bytes", [10**9, 3000])
+def test_a_missing_file_and_a_changed_bit_of_any_file_is_named_and_the_model_left_as_it_was(
+    tmp_path: Path, shard_bytes: int
+) -> None:
     llama().save_pretrained(tmp_path / "source")
-    loftq_checkpoint(tmp_path / "source", tmp_path / "out", replace(CONFIG, shard_bytes=3000))
-    path = sorted((tmp_path / "out").glob("quant-*.safetensors"))[1]
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(QuantError, match=f"{path.name} is not the file that"):
-        load_quantized_(llama(), tmp_path / "out")
+    loftq_checkpoint(tmp_path / "source", tmp_path / "out", replace(CONFIG, shard_bytes=shard_bytes))
+    model, before = llama(), llama().state_dict()
+    for path in sorted((tmp_path / "out").glob("*.safetensors")):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(QuantError, match=f"{path.name} is not the file that"):
+            load_checkpoint_(model, tmp_path / "out")
+        path.unlink()
+        with pytest.raises(QuantError, match=f"holds no {path.name}"):
+            load_checkpoint_(model, tmp_path / "out")
+        path.write_bytes(whole)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert load_checkpoint_(model, tmp_path / "out") == []
+
+
+def test_what_save_quantized_wrote_is_not_taken_for_a_whole_checkpoint(tmp_path: Path) -> None:
+    model, _ = loftq_model(llama(), LoftQConfig(rank=4, iterations=0))
+    quant.save_quantized(model, tmp_path)
+    with pytest.raises(QuantError, match=r"quant\.json does not say what unquantized\.safetensors was"):
+        load_checkpoint_(llama(), tmp_path)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -646,8 +724,105 @@ def test_weights_that_a_module_holds_itself_are_loaded_in_its_place(tmp_path: Pa
         torch.testing.assert_close(other(TOKENS).logits, dense(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_the_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_experts_written_one_by_one_are_named_with_what_to_do(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=40, num_local_experts=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    first, second = (transformers.MixtralForCausalLM(config) for _ in range(2))
+    first.save_pretrained(tmp_path / "apart")
+    loftq_checkpoint(tmp_path / "apart", tmp_path / "out", CONFIG)
+    with pytest.raises(QuantError, match="is nothing in the model") as refused:
+        load_checkpoint_(second, tmp_path / "out")
+    assert "names in the files must be those of the model's modules" in refused.value.remedy
+    first.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    loftq_checkpoint(tmp_path / "stacked", tmp_path / "out", CONFIG)
+    assert load_checkpoint_(second, tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        ({"config": LoftQConfig()}, "config is a LoftQConfig\n.*StreamConfig"),
+        ({"patience": -1.0}, "a patience of -1 seconds"),
+        ({"patience": float("nan")}, "a patience of nan seconds"),
+        ({"device": "nonsense"}, "the device 'nonsense' cannot be used"),
+        ({"device": "meta"}, "the device 'meta' cannot be used"),
+    ],
+)
+def test_an_argument_of_no_use_is_refused_before_anything_is_written(
+    tmp_path: Path, source: Path, setting: dict, match: str
+) -> None:
+    with pytest.raises(QuantError, match=match):
+        loftq_checkpoint(source, tmp_path / "out", **{"config": CONFIG, **setting})
+    assert not (tmp_path / "out").exists()
+
+
+def run_main(*arguments: object) -> int:
     from quant.stream.__main__ import main
 
-    assert main([str(tmp_path), str(tmp_path / "out")]) == 1
+    return main([str(argument) for argument in arguments])
+
+
+def test_the_command_line_says_what_is_wrong(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_main(tmp_path, tmp_path / "out") == 1
     assert "holds neither" in capsys.readouterr().err
+    (tmp_path / "file").write_text("kept")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert run_main(source, output) == 1
+        assert "cannot be made" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
+    if not torch.cuda.is_available():
+        assert run_main(source, tmp_path / "out", "--device", "cuda") == 1
+        assert "the device 'cuda:0' cannot be used" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("quant.stream.checkpoint.write_part", unwritable)
+    assert run_main(source, tmp_path / "out") == 1
+    assert capsys.readouterr().err.splitlines() == ["error: [Errno 28] No space left on device: 'here'"]
+
+
+def unwritable(*_: object) -> None:
+    raise OSError(28, "No space left on device", "here")
+
+
+def test_an_interrupted_command_says_that_it_can_be_repeated_which_is_so(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(name: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    command = [source, tmp_path / "out", "--rank", 4, "--iterations", 2, "--block-size", 16]
+    with monkeypatch.context() as stopped:
+        stopped.setattr("quant.stream.__main__._print_layer", interrupted)
+        assert run_main(*command) == 130
+    assert capsys.readouterr().err == "stopped: the same command goes on where it was\n"
+    assert len(parts_of(tmp_path / "out")) == 2
+    assert run_main(*command) == 0
+    loftq_checkpoint(source, tmp_path / "new", CONFIG)
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+def test_a_number_of_bits_is_a_format_on_the_command_line(tmp_path: Path, source: Path) -> None:
+    command = [
+        source,
+        tmp_path / "out",
+        "--format",
+        2,
+        "--format-for",
+        "up",
+        3,
+        "--format-for",
+        "down",
+        "nf4",
+    ]
+    assert run_main(*command, "--iterations", 0, "--rank", 1, "--block-size", 16) == 0
+    layers = json.loads((tmp_path / "out" / "quant.json").read_text())["layers"]
+    expected = {"query": quant.get_format(2).name, "up": quant.get_format(3).name, "down": "nf4"}
+    assert {name: entry["format"] for name, entry in layers.items()} == {
+        name: expected[name.rpartition(".")[2]] for name in LAYERS
+    }
