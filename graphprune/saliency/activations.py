@@ -61,7 +61,7 @@ class ConsumedWeight:
     Attributes:
         weight: The weight.
         places: Where gated groups have units along its input.
-        moments: Of what it reads, with all gates open.
+        moments: Of what it reads.
     """
 
     weight: EffectiveWeight
@@ -109,11 +109,11 @@ def _observed(evidence: Evidence, consumers: Iterable[Consumer]) -> dict[str, In
     moments: dict[str, InputMoments] = {}
 
     def observe(consumer: Consumer, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        found = InputMoments.of(_tokens(consumer, arguments[0]))
+        found = InputMoments.of(arguments[0].movedim(consumer.dim, -1).flatten(0, -2))
         known = moments.get(consumer.source)
         moments[consumer.source] = found if known is None else known + found
 
-    with _observing(evidence.model, by_source.values(), observe), torch.no_grad(), evidence.gates.opened():
+    with _observing(evidence.model, by_source.values(), observe), torch.no_grad():
         for _ in losses(evidence):
             pass
     for source, consumer in by_source.items():
@@ -140,15 +140,3 @@ def _observing(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _tokens(consumer: Consumer, source: Tensor) -> Tensor:
-    """Return an activation as (tokens, indices)."""
-    size = len(next(iter(consumer.owners.values())))
-    if source.shape[consumer.dim] != size:
-        raise TrainingError(
-            f"the module that owns {consumer.parameter} reads an input of shape {tuple(source.shape)}, "
-            f"and its axis {consumer.dim} is not the {size} indices that the weight is multiplied by",
-            "leave this kind out of prune.kinds",
-        )
-    return source.movedim(consumer.dim, -1).flatten(0, -2)

@@ -58,10 +58,9 @@ def factor_gradients(evidence: Evidence, members: Iterable[AdaptedMember]) -> It
             f"{frozen[0]} is frozen, and this saliency needs its gradient",
             "make it trainable: requires_grad_()",
         )
-    with evidence.gates.opened():
-        for loss in losses(evidence):
-            found = torch.autograd.grad(loss, list(factors.values()), materialize_grads=True)
-            yield dict(zip(factors, found, strict=True))
+    for loss in losses(evidence):
+        found = torch.autograd.grad(loss, list(factors.values()), materialize_grads=True)
+        yield dict(zip(factors, found, strict=True))
 
 
 def mean_of(found: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ class Evidence:
     """What a saliency may look at.
 
     Attributes:
-        model: The gated model.
+        model: The gated model, which is judged as its gates are.
         groups: Its node groups.
         gates: Gates on the groups to score.
         batches: Token ids (batch, window), already limited to the calibration set.

@@ -6,11 +6,14 @@ import copy
 
 import pytest
 import torch
-from scoring import IDS, score
+from scoring import BATCHES, IDS, score
 from tiny_models import FFN, HEADS, KV_HEADS, LAYERS
 
 from graphprune.errors import TrainingError
+from graphprune.prune.training import Objective, logits_of
 from graphprune.saliency.activations import InputMoments
+from graphprune.saliency.gates import Gates
+from graphprune.saliency.registry import Evidence, saliency_named
 
 SCALING = 2.0
 QUERIES = HEADS // KV_HEADS * 8
@@ -100,3 +103,20 @@ def test_an_input_of_another_size_is_refused(llama):
     model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, args: (args[0][..., :40],))
     with pytest.raises(TrainingError, match=r"an input of shape \(1, 12, 40\)"):
         score(llama, "wanda", model=model, kinds=("ffn",))
+
+
+@pytest.mark.parametrize("name", ["wanda", "loraprune"])
+def test_the_model_is_judged_as_its_gates_are(name, adapted):
+    """A unit that is gone adds nothing to what its consumers read, and others are judged without it."""
+    group, later = adapted.of_kind("ffn")
+    gates = Gates(adapted.model, adapted.groups, [group, later])
+    evidence = Evidence(
+        adapted.model, adapted.groups, gates, BATCHES, Objective(logits_of(adapted.model), None, 0.0, False)
+    )
+    before = saliency_named(name)(evidence)
+    with torch.no_grad():
+        gates.values[group][3] = 0
+    after = saliency_named(name)(evidence)
+    gates.close()
+    assert (float(after[group][3]) == 0) == (name == "wanda")
+    assert not torch.allclose(before[later], after[later], rtol=1e-3)

@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 from tiny_models import randomized, tiny_llama, traced
+from torch import nn
 
 from graphprune.saliency import effective
-from graphprune.saliency.adapters import low_rank_updates
+from graphprune.saliency.adapters import Factors, low_rank_updates
 from graphprune.saliency.effective import effective_weights
 from graphprune.source.adapters import attach_adapters
+from graphprune.trace.model import trace
 
 
 def merged_weights(model, adapters=None):
@@ -84,3 +86,34 @@ def test_updates_that_are_more_than_low_rank_are_not_taken_for_it():
 
 def test_a_model_without_adapters_has_none(llama):
     assert low_rank_updates(llama.groups.graph) == {}
+
+
+class Mixed(nn.Module):
+    """Sums of products in several forms, of which some are low-rank updates."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.ModuleList(nn.Linear(6, size) for size in (8, 8, 8, 1, 8, 8))
+        self.down = nn.ModuleList(nn.Linear(6, 2, bias=False) for _ in self.base)
+        self.up = nn.ModuleList(nn.Linear(2, 8, bias=False) for _ in self.base)
+
+    def forward(self, x):
+        low = [up(down(x)) for up, down in zip(self.up, self.down, strict=True)]
+        return (
+            low[0] * 3 / 4 + self.base[0](x),
+            torch.add(self.base[1](x), low[1], alpha=5),
+            self.base[2](x.relu()) + low[2],  # of something else
+            self.base[3](x) + low[3],  # repeated for each output
+            self.base[4](x) + low[4].tanh(),  # not linear
+            torch.add(low[5], self.base[5](x), alpha=2),  # twice the weight
+        )
+
+
+def test_factors_and_what_is_no_update():
+    graph = trace(Mixed().eval(), {"x": torch.randn(3, 7, 6)})
+    found = low_rank_updates(graph)
+    assert {name: [term.scaling for term in update.factors] for name, update in found.items()} == {
+        "base.0.weight": [0.75],
+        "base.1.weight": [5.0],
+    }
+    assert found["base.1.weight"].factors[0] == Factors("down.1.weight", "up.1.weight", 5.0)
