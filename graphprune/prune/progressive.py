@@ -54,7 +54,7 @@ def unit_scores(
     objective = Objective(logits_of(model), None, 0.0, autocast)
     try:
         with _computing_in(model, autocast):
-            evidence = Evidence(model, groups, gates, ids.split(1), objective)
+            evidence = Evidence(model, groups, gates, ids.split(1), objective, seed)
             return saliency_named(settings.saliency)(evidence)
     finally:
         gates.close()
