@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from graphprune.coupling.groups import node_groups as node_groups
     from graphprune.coupling.rules import rule as rule
     from graphprune.prune.lhspg import LHSPG as LHSPG
+    from graphprune.prune.paper_mode import PaperChoices as PaperChoices
+    from graphprune.prune.param_groups import param_groups as param_groups
+    from graphprune.prune.trainer_callback import LHSPGCallback as LHSPGCallback
     from graphprune.shrink.model import shrink as shrink
     from graphprune.shrink.optimizer import shrink_optimizer as shrink_optimizer
     from graphprune.shrink.plan import Plan as Plan
@@ -24,10 +27,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LHSPG": "graphprune.prune.lhspg",
+    "LHSPGCallback": "graphprune.prune.trainer_callback",
     "NodeGroup": "graphprune.coupling.groups",
+    "PaperChoices": "graphprune.prune.paper_mode",
     "Plan": "graphprune.shrink.plan",
     "certify": "graphprune.certify",
     "node_groups": "graphprune.coupling.groups",
+    "param_groups": "graphprune.prune.param_groups",
     "rule": "graphprune.coupling.rules",
     "shrink": "graphprune.shrink",
     "shrink_optimizer": "graphprune.shrink.optimizer",
@@ -37,10 +43,13 @@ _PACKAGES = ("certify", "shrink", "trace")  # called like the function that they
 
 __all__ = [
     "LHSPG",
+    "LHSPGCallback",
     "NodeGroup",
+    "PaperChoices",
     "Plan",
     "certify",
     "node_groups",
+    "param_groups",
     "rule",
     "shrink",
     "shrink_optimizer",

@@ -1,161 +1,293 @@
-"""LHSPG: the LoRA half-space projected gradient, on gates.
+"""LHSPG: the LoRA half-space projected gradient, a torch optimizer that trains adapters and takes units away.
 
 LoRAShear (arXiv 2310.18356, algorithm 4 and equation 2) drives the weights x of redundant units to zero while
-adapters learn: x̃ = x + γBA − λ x/‖x‖, then a half-space projection. Here x is the unit's gate, one scalar on its
-contribution. The end is the same, exact zeros; but the decay is truly linear (rows of gate and up scaled together
-fade as their product), W stays as it is until the end, so that a quantized base works and undoing is free, and the
-γBA term needs no place: adapters act on the important units, which is where the knowledge goes.
+adapters learn: x̃ = x + γBA − λ x/‖x‖, then a half-space projection. Two modes do so:
+
+- *gated*: x is the unit's gate, one scalar on its contribution. The end is the same, exact zeros; but the decay is
+  truly linear (rows of gate and up scaled together fade as their product), W stays as it is until the end, so that a
+  quantized base works and undoing is free, and the gate's gradient says what the unit is worth.
+- *paper*: x is the unit's weights, as published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graphprune.errors import TrainingError
+from graphprune.prune.fading import Fading
+from graphprune.prune.gated_mode import GatedMode
+from graphprune.prune.paper_mode import PaperChoices, PaperMode
+from graphprune.prune.param_groups import ParameterGroups
+from graphprune.prune.schedule import Schedule
 from graphprune.saliency.gates import Gates
+from graphprune.shrink.plan import Plan
+
+Mode = Literal["gated", "paper"]
 
 
 class LHSPG(torch.optim.AdamW):
-    """AdamW on adapters; on gates, periods in which the least salient units fade to exactly zero.
+    """AdamW on what is trainable; beside it, periods in which the least salient units fade to exactly zero.
 
     After `warmup_steps`, each of `periods` periods picks its share of the target from the units that are still
-    important, and over `period_steps` steps takes λ = x / (steps left) off their gates, which is the λ that
-    reaches zero at the period's end by a straight line. A gate whose trial value leaves the half-space
-    ⟨x̃, x⟩ ≥ ε‖x‖² is projected to zero at once.
+    important, and over `period_steps` steps takes λ = ‖x‖ / (steps left) off them, which is the λ that reaches zero
+    at the period's end by a straight line. A unit whose trial value leaves the half-space ⟨x̃, x⟩ > ε‖x‖² is
+    projected to zero at once. Units are judged by a running mean of their saliency, along the path.
 
-    Saliency is a running mean of squared gate gradients, so that units are judged along the path.
+    A step at a learning rate of zero changes nothing and does not count. With nothing to remove this is AdamW.
 
     Args:
-        adapters: Trainable parameters.
-        gates: Gates on the groups to prune.
-        units: How many units each group loses by the end.
+        params: From `param_groups`: the model's trainable parameters, and the units that may go.
         lr: AdamW's learning rate.
+        remove: The share of parameters to remove, 0 to 1.
+        units: How many units each group loses by the end, in the place of `remove`.
+        width_multiple: With `remove`: kept units are a multiple of this, by kind; see `ParameterGroups.units`.
+        mode: ``gated`` or ``paper``.
+        paper: What the paper leaves open, for its mode.
         warmup_steps: Steps before the first unit becomes redundant.
         periods: Number of periods.
         period_steps: Steps of a period.
-        half_space: ε of the projection, 0 to 1; larger projects earlier.
+        half_space: ε of the projection, from 0 to below 1; larger projects earlier.
         scores: Saliency to start from, by group; None for zeros.
         memory: Share of the old saliency that a step keeps.
-        weight_decay: AdamW's, on the adapters.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: AdamW's.
         on_period: Called when a period has chosen its units, before they fade.
 
     Raises:
-        TrainingError: If a group is asked to lose more units than it has.
+        TrainingError: If a group is asked to lose more units than it can, or the mode cannot work on this model.
+        BudgetError: If the share cannot be removed.
     """
 
     def __init__(
         self,
-        adapters: Iterable[nn.Parameter],
-        gates: Gates,
-        units: Mapping[str, int],
+        params: ParameterGroups,
         *,
         lr: float = 3e-4,
+        remove: float = 0.2,
+        units: Mapping[str, int] | None = None,
+        width_multiple: Mapping[str, int] | None = None,
+        mode: Mode = "gated",
+        paper: PaperChoices | None = None,
         warmup_steps: int = 8,
         periods: int = 4,
         period_steps: int = 10,
         half_space: float = 0.0,
         scores: Mapping[str, Tensor] | None = None,
         memory: float = 0.9,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
         weight_decay: float = 0.0,
         on_period: Callable[[], None] | None = None,
     ) -> None:
-        for name, count in units.items():
-            if not 0 <= count < gates.groups[name].size:
-                raise TrainingError(
-                    f"'{name}' has {gates.groups[name].size} units and cannot lose {count}",
-                    "lower the target",
-                )
-        self._gates = gates
-        self._units = dict(units)
-        self._on_period = on_period
-        super().__init__([{"params": list(adapters)}], lr=lr, weight_decay=weight_decay)
-        self.add_param_group(
-            {
-                "params": list(gates.values.values()),
-                "lr": 0.0,
-                "steps": 0,
-                "warmup_steps": warmup_steps,
-                "periods": periods,
-                "period_steps": period_steps,
-                "half_space": half_space,
-                "memory": memory,
-            }
-        )
-        for name, gate in gates.values.items():
-            first = scores[name] if scores else torch.zeros_like(gate)
-            self.state[gate] = {
-                "step": torch.zeros(()),  # AdamW looks for it in every state that it loads
-                "saliency": first.detach().clone().to(gate),
-                "redundant": torch.zeros_like(gate.data),  # 0 or 1: loading casts states to the gate's dtype
-            }
+        _check(params, half_space)
+        self._schedule = Schedule(warmup_steps, periods, period_steps)
+        wanted = units if units is not None else params.units(remove, width_multiple)
+        self._units = _possible(params, wanted)
+        self._half_space, self._memory, self._on_period = half_space, memory, on_period
+        self._steps = 0
+        super().__init__(list(params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self._mode = mode
+        self._fading = self._faded_by(mode, params, paper)
+        if self._fading.parameters:
+            self.add_param_group({"params": self._fading.parameters, "lr": 0.0, "weight_decay": 0.0})
+        device = params.trainable[0].device
+        sizes = {name: params.groups[name].size for name in self._units}
+        first = {name: scores[name] if scores else torch.zeros(size) for name, size in sizes.items()}
+        self._saliency = {
+            name: score.detach().to(device, torch.float32, copy=True) for name, score in first.items()
+        }
+        self._redundant = {
+            name: torch.zeros(size, dtype=torch.bool, device=device) for name, size in sizes.items()
+        }
 
     @property
     def schedule_steps(self) -> int:
         """Steps until every unit of the target is gone."""
-        schedule = self.param_groups[-1]
-        return int(schedule["warmup_steps"] + schedule["periods"] * schedule["period_steps"])
+        return self._schedule.steps
+
+    @property
+    def steps_left(self) -> int:
+        """Steps that the schedule still has to go; at 0 there is a plan."""
+        return max(0, self.schedule_steps - self._steps) if self._units else 0
+
+    @property
+    def gates(self) -> Gates:
+        """The gates, for a teacher (within ``gates.opened()`` the model is un-pruned) or a repair.
+
+        Raises:
+            TrainingError: In paper mode, which has none.
+        """
+        if not isinstance(self._fading, GatedMode):
+            raise TrainingError("LHSPG's paper mode has no gates", "use mode='gated'")
+        return self._fading.gates
+
+    @property
+    def plan(self) -> Plan:
+        """The finished plan: the units that are zero.
+
+        Raises:
+            TrainingError: If the schedule has steps to go.
+        """
+        if self.steps_left:
+            raise TrainingError(
+                f"LHSPG has {self.steps_left} of {self.schedule_steps} steps to go, so there is no plan yet",
+                "train on; steps at a learning rate of zero do not count",
+            )
+        return Plan(
+            {name: torch.nonzero(mask).flatten().tolist() for name, mask in self._fading.zeroed().items()}
+        )
 
     def redundant(self, name: str) -> Tensor:
         """Return which units (units,) of a group are redundant, faded or still fading."""
-        mask: Tensor = self.state[self._gates.values[name]]["redundant"].bool()
-        return mask
+        return self._redundant[name]
 
     @property
     def counts(self) -> dict[str, int]:
         """How many units are redundant, how many of them are gone, and how many are to go."""
-        redundant = sum(int(self.state[gate]["redundant"].sum()) for gate in self._gates.values.values())
-        zeroed = sum(int((gate.detach() == 0).sum()) for gate in self._gates.values.values())
-        return {"redundant": redundant, "zeroed": zeroed, "target": sum(self._units.values())}
+        return {
+            "redundant": sum(int(mask.sum()) for mask in self._redundant.values()),
+            "zeroed": sum(int(mask.sum()) for mask in self._fading.zeroed().values()),
+            "target": sum(self._units.values()),
+        }
+
+    def close(self) -> None:
+        """Take the gates off the model; do so before it is shrunk."""
+        self._fading.close()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Observe the gates' gradients, step the adapters, then move the schedule on by one step."""
+        """Observe gradients, step what is trainable, then move the schedule on by one step.
+
+        Raises:
+            TrainingError: If a gradient is not finite; nothing has been changed then.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._observe()
+        self._check_finite()
+        for name, observed in self._fading.observe().items():
+            self._saliency[name].mul_(self._memory).add_(observed, alpha=1 - self._memory)
         super().step()
-        self._advance()
+        if self._units and self.param_groups[0]["lr"] > 0:
+            self._advance()
+        self._fading.hold()
         return loss
 
-    def _observe(self) -> None:
-        memory = self.param_groups[-1]["memory"]
-        for name, gradient in self._gates.gradients().items():
-            saliency = self.state[self._gates.values[name]]["saliency"]
-            saliency.mul_(memory).add_(gradient.square(), alpha=1 - memory)
+    def state_dict(self) -> dict[str, Any]:
+        """Return AdamW's state, and with it all that pruning has changed: gates, or weights in paper mode."""
+        return {
+            **super().state_dict(),
+            "lhspg": {
+                "mode": self._mode,
+                "units": dict(self._units),
+                "schedule": asdict(self._schedule),
+                "half_space": self._half_space,
+                "memory": self._memory,
+                "steps": self._steps,
+                "saliency": dict(self._saliency),
+                "redundant": dict(self._redundant),
+                "tensors": self._fading.tensors(),
+            },
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, settings included, and put the model where it was.
+
+        Raises:
+            TrainingError: If it is the state of another optimizer, mode or target.
+        """
+        own = state_dict.get("lhspg")
+        if own is None or own["mode"] != self._mode or own["units"] != self._units:
+            found = "another optimizer" if own is None else f"mode '{own['mode']}' and units {own['units']}"
+            raise TrainingError(
+                f"this is the state of {found}, not of LHSPG in mode '{self._mode}' with units {self._units}",
+                "make the optimizer with the arguments that it had",
+            )
+        super().load_state_dict(state_dict)
+        self._schedule = Schedule(**own["schedule"])
+        self._half_space, self._memory, self._steps = own["half_space"], own["memory"], own["steps"]
+        for kind, kept in (
+            ("saliency", self._saliency),
+            ("redundant", self._redundant),
+            ("tensors", self._fading.tensors()),
+        ):
+            for name, tensor in kept.items():
+                tensor.copy_(own[kind][name])
+
+    def _faded_by(self, mode: Mode, params: ParameterGroups, paper: PaperChoices | None) -> Fading:
+        if mode == "gated":
+            return GatedMode(params, self._units)
+        if mode == "paper":
+            return PaperMode(params, self._units, paper or PaperChoices(), self._forget)
+        raise TrainingError(f"LHSPG has no mode '{mode}'", "there are gated and paper")
+
+    def _forget(self, parameter: nn.Parameter) -> None:
+        """Drop AdamW's moments of a parameter; it starts afresh at the next step."""
+        self.state.pop(parameter, None)
+
+    def _check_finite(self) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        greatest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
+        if not bool(greatest.isfinite()):
+            raise TrainingError(
+                f"a gradient is not finite at step {self._steps}; nothing was changed",
+                "go on from the last checkpoint with a lower learning rate, or train in float32",
+            )
 
     def _advance(self) -> None:
-        schedule = self.param_groups[-1]
-        step = schedule["steps"] - schedule["warmup_steps"]
-        schedule["steps"] += 1
-        if not 0 <= step < schedule["periods"] * schedule["period_steps"]:
+        place = self._schedule.place(self._steps)
+        self._steps += 1
+        if place is None:
             return
-        period, within = divmod(step, schedule["period_steps"])
-        if within == 0:
-            for name, gate in self._gates.values.items():
-                self._condemn(gate, round(self._units.get(name, 0) * (period + 1) / schedule["periods"]))
+        period, steps_left = place
+        if steps_left == self._schedule.period_steps:
+            for name, units in self._units.items():
+                self._condemn(name, self._schedule.due(units, period))
             if self._on_period:
                 self._on_period()
-        for gate in self._gates.values.values():
-            self._fade(gate, schedule["period_steps"] - within, schedule["half_space"])
+        self._fading.fade(self._redundant, steps_left, self._half_space)
+        if steps_left == 1:
+            self._fading.end_period()
 
-    def _condemn(self, gate: nn.Parameter, due: int) -> None:
+    def _condemn(self, name: str, due: int) -> None:
         """Move the least salient important units to the redundant set until `due` are in it."""
-        redundant = self.state[gate]["redundant"]
+        redundant = self._redundant[name]
         missing = due - int(redundant.sum())
         if missing > 0:
-            saliency = self.state[gate]["saliency"].masked_fill(redundant.bool(), float("inf"))
-            redundant[saliency.argsort(stable=True)[:missing]] = 1
+            saliency = self._saliency[name].masked_fill(redundant, float("inf"))
+            redundant[saliency.argsort(stable=True)[:missing]] = True
 
-    def _fade(self, gate: nn.Parameter, steps_left: int, half_space: float) -> None:
-        """Take the period's λ off redundant gates and project those that leave the half-space."""
-        redundant = self.state[gate]["redundant"].bool()
-        value = gate.data
-        trial = value - value / steps_left
-        gone = trial * value <= half_space * value.square()
-        value.copy_(torch.where(redundant, torch.where(gone, torch.zeros_like(trial), trial), value))
+
+def _check(params: ParameterGroups, half_space: float) -> None:
+    if not isinstance(params, ParameterGroups):
+        raise TrainingError(
+            f"LHSPG needs to know which units there are, and was given a {type(params).__name__}",
+            "LHSPG(param_groups(model, groups), ...)",
+        )
+    if not 0 <= half_space < 1:
+        raise TrainingError(f"half_space is {half_space}", "ε of the projection is at least 0 and below 1")
+
+
+def _possible(params: ParameterGroups, units: Mapping[str, int]) -> dict[str, int]:
+    """Return the groups that lose units, each with how many."""
+    prunable = {group.name: group for group in params.prunable}
+    for name, count in units.items():
+        if name not in prunable:
+            raise TrainingError(
+                f"'{name}' is not among the groups that may lose units", "see param_groups(kinds=...)"
+            )
+        group = prunable[name]
+        if not 0 <= count <= group.size - group.minimum:
+            raise TrainingError(
+                f"'{name}' has {group.size} units and cannot lose {count}: {group.minimum} must stay",
+                "lower the target",
+            )
+    return {name: count for name, count in units.items() if count}

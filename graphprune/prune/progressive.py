@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import TrainingError
-from graphprune.prune.budget import Budget, targets, uniform_budget
+from graphprune.prune.budget import Budget, targets
 from graphprune.prune.lhspg import LHSPG
+from graphprune.prune.param_groups import param_groups
 from graphprune.prune.precision import frozen_in_bfloat16, use_bfloat16
 from graphprune.prune.repair import Repair
 from graphprune.prune.training import Objective, Progress, Row, logits_of, train
@@ -66,7 +67,7 @@ def prune_progressively(
     windows: Windows,
     scores: Mapping[str, Tensor],
     *,
-    counted: Collection[str],
+    budget: Budget,
     example_inputs: Mapping[str, Any],
     seed: int,
     progress: Progress | None = None,
@@ -81,7 +82,7 @@ def prune_progressively(
         settings: The recipe's section.
         windows: Training text.
         scores: Saliency to start from, by group.
-        counted: Names of the parameters that the budget counts.
+        budget: How many units each group loses.
         example_inputs: For `Pruned.masked_logits`.
         seed: Of the order of batches.
         progress: Told after each step.
@@ -89,32 +90,22 @@ def prune_progressively(
     Raises:
         TrainingError: If the loss is not finite, or the schedule ends with another number of units than planned.
     """
-    chosen = targets(groups, settings.kinds)
-    budget = uniform_budget(
-        groups,
-        chosen,
-        scores,
-        remove=settings.remove,
-        width_multiple=settings.width_multiple,
-        counted=counted,
-    )
-    gates = Gates(model, groups, list(budget.removed_units))
     repair: Repair | None = None
-    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    params = param_groups(model, groups, settings.kinds)
     training = settings.training
+    optimizer = LHSPG(
+        params,
+        units=budget.removed_units,
+        lr=training.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        periods=settings.periods,
+        period_steps=settings.period_steps,
+        half_space=settings.half_space,
+        scores=scores,
+        on_period=lambda: repair.update(optimizer.redundant) if repair else None,
+    )
+    gates = optimizer.gates
     try:
-        optimizer = LHSPG(
-            adapters,
-            gates,
-            budget.removed_units,
-            lr=training.learning_rate,
-            warmup_steps=settings.warmup_steps,
-            periods=settings.periods,
-            period_steps=settings.period_steps,
-            half_space=settings.half_space,
-            scores=scores,
-            on_period=lambda: repair.update(optimizer.redundant) if repair else None,
-        )
 
         def teacher(ids: Tensor) -> Tensor:
             with gates.opened(), model.disable_adapter():
@@ -132,17 +123,17 @@ def prune_progressively(
                 optimizer,
                 steps=optimizer.schedule_steps + settings.settle_steps,
                 warmup=max(1, settings.warmup_steps // 2),
-                trainable=adapters,
+                trainable=list(params.trainable),
                 observe=lambda: optimizer.counts,
                 progress=progress,
             )
-        plan = Plan(gates.redundant())
+        plan = optimizer.plan
         _check_reached(plan, budget)
         model.eval()
         with torch.no_grad():
             masked = model(**example_inputs).logits
     finally:
-        gates.close()
+        optimizer.close()
     return Pruned(plan, budget, metrics, masked, repair.folded if repair else nullcontext)
 
 

@@ -93,7 +93,7 @@ def train(
         loss = objective(next(batches))
         if not bool(loss.isfinite()):
             raise TrainingError(
-                f"the loss became {float(loss)} at step {step}",
+                f"the loss became {float(loss.detach())} at step {step}",
                 "lower the learning rate, or train in float32",
             )
         loss.backward()

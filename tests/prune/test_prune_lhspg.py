@@ -1,88 +1,39 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny_llama, traced
+from lhspg_bench import IDS, Bench, Driven, net_groups, width_of
 from torch import nn
 
+import graphprune as gp
 from graphprune.errors import TrainingError
-from graphprune.prune.lhspg import LHSPG
-from graphprune.prune.precision import frozen_in_bfloat16, use_bfloat16
-from graphprune.prune.training import Objective, logits_of, train
-from graphprune.recipe import Training
-from graphprune.saliency.gates import Gates
-from graphprune.source.adapters import attach_adapters
 
-IDS = torch.arange(48).reshape(4, 12) % 60 + 3
-
-
-class Bench:
-    """A tiny Llama with adapters, gates on its channels, and LHSPG."""
-
-    def __init__(self, **options) -> None:
-        self.traced = traced(attach_adapters(tiny_llama(seed=5), rank=2, alpha=4))
-        self.model, self.names = self.traced.model, self.traced.of_kind("ffn")
-        self.gates = Gates(self.model, self.traced.groups, self.names)
-        self.adapters = [p for p in self.model.parameters() if p.requires_grad]
-        settings = {"lr": 1e-2, "warmup_steps": 2, "periods": 2, "period_steps": 3, **options}
-        units = settings.pop("units", 8)
-        self.optimizer = LHSPG(self.adapters, self.gates, dict.fromkeys(self.names, units), **settings)
-        self.loss = Objective(logits_of(self.model), None, 0.0, False)
-
-    def steps(self, count: int) -> None:
-        for _ in range(count):
-            self.optimizer.zero_grad()
-            self.loss(IDS).backward()
-            self.optimizer.step()
+MODES = ["gated", "paper"]
 
 
 @given(st.integers(0, 20), st.integers(1, 3), st.integers(1, 3))
 def test_the_target_is_met_exactly_and_the_rest_is_untouched(units, periods, period_steps):
-    gates = LooseGates(24)
-    optimizer = LHSPG(
-        [adapter()], gates, {"g": units}, warmup_steps=1, periods=periods, period_steps=period_steps
-    )
+    driven = Driven(units, warmup_steps=1, periods=periods, period_steps=period_steps)
     generator = torch.Generator().manual_seed(units)
-    for _ in range(optimizer.schedule_steps):
-        gates.values["g"].grad = torch.randn(24, generator=generator)
-        optimizer.step()
-    value = gates.values["g"].detach()
-    assert int((value == 0).sum()) == units
-    assert int((value == 1).sum()) == 24 - units
-
-
-def adapter() -> nn.Parameter:
-    parameter = nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.zeros(1)
-    return parameter
-
-
-class LooseGates:
-    """Gates that hang on no model, to drive the schedule alone."""
-
-    def __init__(self, size: int) -> None:
-        self.values = {"g": nn.Parameter(torch.ones(size))}
-        self.groups = {"g": type("Group", (), {"size": size})()}
-
-    def gradients(self):
-        gradient, self.values["g"].grad = self.values["g"].grad, None
-        return {"g": gradient}
+    for _ in range(driven.optimizer.schedule_steps):
+        driven.step(torch.randn(24, generator=generator))
+    assert len(driven.optimizer.plan.get(driven.name, ())) == units
+    if units:
+        assert int((driven.gate == 0).sum()) == units
+        assert int((driven.gate == 1).sum()) == 24 - units
 
 
 def path_of_one_unit(half_space: float, steps: int) -> list[float]:
-    gates = LooseGates(2)
-    optimizer = LHSPG(
-        [adapter()], gates, {"g": 1}, warmup_steps=0, periods=1, period_steps=steps, half_space=half_space
-    )
+    driven = Driven(1, warmup_steps=0, periods=1, period_steps=steps, half_space=half_space)
     path = []
     for _ in range(steps):
-        gates.values["g"].grad = torch.tensor([0.0, 1.0])
-        optimizer.step()
-        path.append(float(gates.values["g"][0].detach()))
+        driven.step(torch.arange(24.0))
+        path.append(float(driven.gate[0].detach()))
     return path
 
 
@@ -102,117 +53,241 @@ def test_the_half_space_projects_when_less_than_its_reciprocal_is_left(half_spac
 
 
 def test_the_least_salient_units_go_and_only_the_gradient_decides():
-    gates = LooseGates(6)
-    optimizer = LHSPG([adapter()], gates, {"g": 3}, warmup_steps=1, periods=1, period_steps=2)
+    driven = Driven(3, warmup_steps=1, periods=1, period_steps=2)
+    gradient = torch.full((24,), 9.0)
+    gradient[:6] = torch.tensor([3.0, 0.1, -2.0, 0.2, -0.3, 5.0])
     for _ in range(3):
-        gates.values["g"].grad = torch.tensor([3.0, 0.1, -2.0, 0.2, -0.3, 5.0])
-        optimizer.step()
-    assert torch.nonzero(gates.values["g"] == 0).flatten().tolist() == [1, 3, 4]
+        driven.step(gradient.clone())
+    assert driven.optimizer.plan[driven.name] == (1, 3, 4)
+
+
+def test_each_period_takes_its_share_of_what_is_left_by_what_it_knows_then():
+    driven = Driven(4, warmup_steps=0, periods=2, period_steps=1, memory=0.0)
+    driven.step(torch.arange(24.0))
+    assert torch.nonzero(driven.optimizer.redundant(driven.name)).flatten().tolist() == [0, 1]
+    driven.step(torch.arange(24.0).flip(0))
+    assert driven.optimizer.plan[driven.name] == (0, 1, 22, 23)
 
 
 def test_scores_given_decide_before_any_gradient_does():
-    gates = LooseGates(4)
-    scores = {"g": torch.tensor([9.0, 1.0, 9.0, 1.0])}
-    optimizer = LHSPG([adapter()], gates, {"g": 2}, warmup_steps=0, periods=1, period_steps=1, scores=scores)
-    gates.values["g"].grad = torch.zeros(4)
-    optimizer.step()
-    assert gates.values["g"].tolist() == [1.0, 0.0, 1.0, 0.0]
+    scores = torch.full((24,), 9.0)
+    scores[[1, 3]] = 1.0
+    given = {width_of(net_groups()): scores}
+    driven = Driven(2, warmup_steps=0, periods=1, period_steps=1, scores=given)
+    driven.step(torch.zeros(24))
+    assert driven.optimizer.plan[driven.name] == (1, 3)
 
 
 def test_the_base_stays_as_it_is_bit_by_bit_and_adapters_learn():
     bench = Bench()
-    before = {name: p.detach().clone() for name, p in bench.model.named_parameters()}
+    before = bench.snapshot()
     bench.steps(8)
     for name, parameter in bench.model.named_parameters():
         assert torch.equal(before[name], parameter) != ("lora_" in name), name
-    assert bench.optimizer.counts == {"redundant": 16, "zeroed": 16, "target": 16}
+    assert bench.optimizer.counts == {"redundant": 18, "zeroed": 18, "target": 18}
 
 
-def test_stopping_in_the_middle_of_a_period_changes_nothing():
-    whole = Bench()
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stop", [1, 4, 5, 8])
+def test_stopping_anywhere_changes_nothing(mode, stop):
+    """Only adapters and the optimizer's state are stored, as the Trainer does with a PEFT model."""
+    whole = Bench(mode=mode)
     whole.steps(9)
-    first = Bench()
-    first.steps(4)
-    second = Bench()
-    second.model.load_state_dict(first.model.state_dict())
-    with torch.no_grad():
-        for name in second.names:
-            second.gates.values[name].copy_(first.gates.values[name])
+    first = Bench(mode=mode)
+    first.steps(stop)
+    second = Bench(mode=mode, period_steps=99, memory=0.1)
+    second.model.load_state_dict(
+        {name: value for name, value in first.model.state_dict().items() if "lora_" in name}, strict=False
+    )
     second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    second.steps(5)
-    assert second.gates.redundant() == whole.gates.redundant()
-    for ours, theirs in zip(second.adapters, whole.adapters):
-        assert torch.equal(ours, theirs)
+    second.steps(9 - stop)
+    assert second.optimizer.plan == whole.optimizer.plan
+    expected = whole.snapshot()
+    for name, value in second.snapshot().items():
+        assert torch.equal(value, expected[name]), name
 
 
-def test_nothing_to_remove_is_plain_adamw():
-    bench, plain = Bench(units=0), Bench(units=0)
-    adamw = torch.optim.AdamW(plain.adapters, lr=1e-2, weight_decay=0.0)
-    bench.steps(6)
-    for _ in range(6):
+def test_the_state_of_another_mode_or_target_is_refused():
+    state = Bench().optimizer.state_dict()
+    for other in (Bench(mode="paper"), Bench(ffn=4)):
+        with pytest.raises(TrainingError, match="this is the state of mode 'gated'"):
+            other.optimizer.load_state_dict(state)
+    adamw = torch.optim.AdamW([nn.Parameter(torch.ones(1))])
+    with pytest.raises(TrainingError, match="the state of another optimizer"):
+        Bench().optimizer.load_state_dict(adamw.state_dict())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_to_remove_is_adamw_to_the_bit(mode):
+    options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    bench, plain = Bench(mode=mode, units=None, remove=0.0, **options), Bench(ffn=0, heads=0)
+    adamw = torch.optim.AdamW(plain.adapters, **options)
+    bench.steps(9)
+    for _ in range(9):
         adamw.zero_grad()
         plain.loss(IDS).backward()
         adamw.step()
-    for ours, theirs in zip(bench.adapters, plain.adapters):
-        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)
+    expected = plain.snapshot()
+    for name, value in bench.snapshot().items():
+        assert torch.equal(value, expected[name]), name
+    assert not bench.optimizer.plan
 
 
-def test_more_units_than_there_are_is_refused():
-    with pytest.raises(TrainingError, match="cannot lose 48"):
-        Bench(units=48)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("warmup_steps", [0, 2])
+def test_a_learning_rate_of_zero_changes_nothing(mode, warmup_steps):
+    bench = Bench(mode=mode, lr=0.0, weight_decay=0.1, warmup_steps=warmup_steps)
+    before, schedule = bench.snapshot(), bench.optimizer.steps_left
+    logits = bench.model(IDS).logits
+    bench.steps(9)
+    for name, value in bench.snapshot().items():
+        assert torch.equal(value, before[name]), name
+    assert torch.equal(bench.model(IDS).logits, logits)
+    assert bench.optimizer.counts == {"redundant": 0, "zeroed": 0, "target": 18}
+    assert bench.optimizer.steps_left == schedule
 
 
-def test_training_stops_at_the_first_loss_that_is_not_finite():
+def test_steps_at_a_learning_rate_of_zero_do_not_count():
     bench = Bench()
-    with torch.no_grad():
-        bench.adapters[-1].fill_(float("nan"))
-    with pytest.raises(TrainingError, match="the loss became nan at step 0"):
-        train(iter([IDS]), bench.loss, bench.optimizer, steps=1, warmup=1, trainable=bench.adapters)
+    rates = torch.optim.lr_scheduler.LambdaLR(bench.optimizer, lambda step: min(1.0, step / 2))
+    for left in (8, 7, 6):
+        bench.steps(1)
+        rates.step()
+        assert bench.optimizer.steps_left == left
+    bench.steps(6)
+    assert {name: len(units) for name, units in bench.optimizer.plan.items()} == bench.units
 
 
-def test_the_learning_rate_warms_up_and_ends_at_a_tenth():
-    parameter = nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    rows = train(
-        iter([IDS] * 50),
-        lambda ids: (parameter**2).sum(),
-        optimizer,
-        steps=50,
-        warmup=4,
-        trainable=[parameter],
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_zero_stays_zero_to_the_bit(mode, dtype):
+    """Under momentum, weight decay, gradient accumulation and bfloat16, after every further step."""
+    bench = Bench(dtype, mode=mode, weight_decay=0.1)
+    bench.steps(bench.optimizer.schedule_steps, accumulate=2)
+    plan = bench.optimizer.plan
+    assert {name: len(units) for name, units in plan.items()} == bench.units
+    for _ in range(3):
+        bench.steps(1, accumulate=2)
+        assert bench.optimizer.plan == plan
+        for name, units in plan.items():
+            for tensor in what_a_mode_zeroes(bench, mode, name, list(units)):
+                bits = tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
+                assert not bits.any(), name
+
+
+def what_a_mode_zeroes(bench, mode, name, units):
+    if mode == "gated":
+        yield bench.optimizer.gates.values[name].detach()[units]
+        return
+    for weight, axis, owner in bench.produced(name):
+        rows = torch.tensor([unit in units for unit in owner.tolist()])
+        yield weight.detach().movedim(axis, 0)[rows]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_accumulated_gradients_are_those_of_the_whole_batch(mode):
+    whole, parts = Bench(mode=mode), Bench(mode=mode)
+    whole.steps(8)
+    parts.steps(8, accumulate=4)
+    assert whole.optimizer.plan == parts.optimizer.plan
+    expected = whole.snapshot()
+    for name, value in parts.snapshot().items():
+        torch.testing.assert_close(value, expected[name], atol=2e-3, rtol=0)
+
+
+def test_processes_agree_on_saliency(tmp_path):
+    """Each has its share of the batch; a wrapped model averages its own gradients alone."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=one_process, args=(rank, tmp_path, results)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert found == [[4.0] * 24] * 2  # the square of the mean of 1 and 3
+
+
+def one_process(rank, folder, results):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
-    rates = [row["learning_rate"] for row in rows]
-    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert rates[4] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(0.1, abs=2e-3)
-    assert optimizer.param_groups[0]["lr"] == 1.0
+    driven = Driven(2, memory=0.0)
+    driven.step(torch.full((24,), (1.0, 3.0)[rank]))
+    results.put(driven.optimizer.state_dict()["lhspg"]["saliency"][driven.name].tolist())
+    torch.distributed.destroy_process_group()
 
 
-def test_distillation_is_the_divergence_from_the_teacher():
-    """Against the definition, Σ p log(p / q), in float64."""
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))
-    ids = torch.randint(0, 7, (2, 5), generator=generator)
-    plain = Objective(lambda _: student, None, 1.0, False)(ids)
-    total = Objective(lambda _: student, lambda _: teacher, 0.7, False)(ids)
-    p, q = (t[:, :-1].double().softmax(-1) for t in (teacher, student))
-    divergence = (p * (p / q).log()).sum(-1).mean()
-    assert float(total - plain) == pytest.approx(0.7 * float(divergence), rel=1e-5)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gradient_that_is_not_finite_stops_the_step_before_anything_changes(mode):
+    bench = Bench(mode=mode)
+    bench.steps(4)
+    before, state = bench.snapshot(), copy.deepcopy(bench.optimizer.state_dict())
+    (bench.loss(IDS) * float("nan")).backward()
+    with pytest.raises(TrainingError, match="not finite at step 4"):
+        bench.optimizer.step()
+    for name, value in bench.snapshot().items():
+        assert torch.equal(value, before[name]), name
+    bench.optimizer.zero_grad()
+    bench.optimizer.load_state_dict(state)
+    bench.steps(4)
+    undisturbed = Bench(mode=mode)
+    undisturbed.steps(8)
+    assert bench.optimizer.plan == undisturbed.optimizer.plan
 
 
-def test_the_precision_follows_the_models_device_not_what_else_the_machine_has(monkeypatch):
-    """A model on the CPU of a machine with a GPU trains as on any CPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    bench = Bench()
-    assert not use_bfloat16(Training(), bench.model)
-    assert use_bfloat16(Training(precision="bfloat16"), bench.model)
-    before = {name: p.detach().clone() for name, p in bench.model.named_parameters()}
-    with frozen_in_bfloat16(bench.model):
-        loss = Objective(logits_of(bench.model), None, 0.0, True)(IDS)
+def test_a_closure_is_called_and_its_loss_returned():
+    by_closure, by_hand = Bench(), Bench()
+
+    def closure() -> torch.Tensor:
+        by_closure.optimizer.zero_grad()
+        loss = by_closure.loss(IDS)
         loss.backward()
-    assert all(torch.equal(before[name], p) for name, p in bench.model.named_parameters())
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in bench.adapters)
+        return loss
+
+    losses = [float(by_closure.optimizer.step(closure).detach()) for _ in range(2)]
+    assert losses[0] == float(by_hand.loss(IDS).detach())
+    by_hand.steps(2)
+    for ours, theirs in zip(by_closure.adapters, by_hand.adapters):
+        assert torch.equal(ours, theirs)
+
+
+def test_there_is_no_plan_before_the_schedule_has_ended():
+    bench = Bench()
+    bench.steps(7)
+    with pytest.raises(TrainingError, match="1 of 8 steps to go"):
+        _ = bench.optimizer.plan
+    bench.steps(1)
+    assert bench.optimizer.plan
+
+
+def test_gates_come_off():
+    bench = Bench()
+    before = bench.model(IDS).logits
     with torch.no_grad():
-        assert float(loss) == pytest.approx(float(bench.loss(IDS)), rel=2e-2)
+        for gate in bench.optimizer.gates.values.values():
+            gate.zero_()
+    assert not torch.allclose(bench.model(IDS).logits, before)
+    bench.optimizer.close()
+    assert torch.equal(bench.model(IDS).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ffn": 48}, "cannot lose 48"),
+        ({"units": {"nothing": 1}}, "'nothing' is not among the groups"),
+        ({"periods": 0}, "removes nothing"),
+        ({"period_steps": 0}, "removes nothing"),
+        ({"half_space": 1.0}, "half_space is 1.0"),
+        ({"mode": "fast"}, "no mode 'fast'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, message):
+    with pytest.raises(TrainingError, match=message):
+        Bench(**options)
+
+
+def test_plain_parameters_are_refused_and_the_way_is_shown():
+    with pytest.raises(TrainingError, match=r"given a list\n.*param_groups\(model, groups\)"):
+        gp.LHSPG([nn.Parameter(torch.ones(1))])

@@ -1,0 +1,123 @@
+"""What LHSPG is given in the place of parameter groups: what trains, and the units that may go."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.coupling.groups import NodeGroup, NodeGroups
+from graphprune.errors import BudgetError, TrainingError
+from graphprune.prune.budget import allot, score_curves, targets
+from graphprune.prune.costs import Measured, cost_named
+
+KINDS = ("ffn", "attention_heads")
+_GREATEST_MULTIPLE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroups:
+    """A model's trainable parameters, and beside them the units that may go.
+
+    Iterating gives parameter groups as every optimizer of torch takes them.
+
+    Attributes:
+        model: The model.
+        groups: Its node groups.
+        prunable: Those that may lose units.
+        trainable: The parameters that are trained.
+        counted: Names of the parameters that a share to remove is a share of.
+    """
+
+    model: nn.Module
+    groups: NodeGroups
+    prunable: tuple[NodeGroup, ...]
+    trainable: tuple[nn.Parameter, ...]
+    counted: frozenset[str]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield {"params": list(self.trainable)}
+
+    def units(self, remove: float, width_multiple: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Return how many units each group loses for a share of the parameters to go.
+
+        Groups of one kind and size lose the same number; all kinds lose the same share of their parameters, as
+        nearly as can be.
+
+        Args:
+            remove: Share of the parameters, from 0 to below 1.
+            width_multiple: Kept units are a multiple of this, by kind. None for the largest power of two that is
+                no more than 64 and a sixteenth of the group.
+
+        Raises:
+            BudgetError: If that share cannot be removed; says what can.
+        """
+        if not 0 <= remove < 1:
+            raise BudgetError(f"remove is {remove}", "give the share of parameters to remove: 0.2 for 20 %")
+        if remove == 0:
+            return {}
+        names = [group.name for group in self.prunable]
+        budget = allot(
+            self.groups,
+            score_curves({group.name: _even(group) for group in self.prunable}),
+            cost_named("parameters", Measured(self.groups, self.counted), names),
+            remove=remove,
+            width_multiple=width_multiple if width_multiple is not None else _multiples(self.prunable),
+        )
+        return dict(budget.removed_units)
+
+
+def param_groups(
+    model: nn.Module,
+    groups: NodeGroups,
+    kinds: Collection[str] = KINDS,
+    counted: Collection[str] | None = None,
+) -> ParameterGroups:
+    """Return what `LHSPG` optimizes: a model's trainable parameters, with the units that may go.
+
+    Args:
+        model: A model, its adapters attached, on the device that it trains on; what requires no gradient is not
+            trained.
+        groups: Node groups of this very model.
+        kinds: Kinds of groups that may lose units.
+        counted: Names of the parameters that a share to remove is a share of. None for those that are frozen,
+            which are the base of a model with adapters, or for all if none is.
+
+    Raises:
+        RecipeError: If a kind names no group.
+        NothingPrunableError: If none of the groups may be pruned.
+        TrainingError: If nothing is trainable, or the groups are those of another model.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    trainable = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
+    if not trainable:
+        raise TrainingError("no parameter of the model is trainable", "attach adapters to it first")
+    prunable = tuple(targets(groups, kinds))
+    for group in prunable:
+        for member in group.members:
+            if member.role == "parameter" and member.parameter not in named:
+                raise TrainingError(
+                    f"the groups name a parameter '{member.parameter}', which the model does not have",
+                    "trace the model with its adapters attached: node_groups(trace(model, example_inputs))",
+                )
+    frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
+    return ParameterGroups(
+        model, groups, prunable, trainable, frozenset(frozen or named if counted is None else counted)
+    )
+
+
+def _multiples(groups: Collection[NodeGroup]) -> dict[str, int]:
+    multiples: dict[str, int] = {}
+    for group in groups:
+        fitting = 1 << max(0, (group.size // 16).bit_length() - 1)
+        multiples[group.kind] = min(multiples.get(group.kind, _GREATEST_MULTIPLE), fitting)
+    return multiples
+
+
+def _even(group: NodeGroup) -> Tensor:
+    """Return scores whose sum grows with the square of the share lost: least where all kinds lose the same share."""
+    rank = torch.arange(1, group.size + 1, dtype=torch.float64)
+    return rank * group.parameters_per_unit / group.size

@@ -1,0 +1,56 @@
+"""LHSPG within transformers' Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from graphprune.errors import TrainingError
+from graphprune.prune.lhspg import LHSPG
+
+
+class LHSPGCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Checks that the training is long enough, logs how far pruning is, and writes ``plan.json`` at the end.
+
+    The optimizer does everything else by itself, within its steps:
+
+        trainer = Trainer(model, args, ..., optimizers=(optimizer, None), callbacks=[LHSPGCallback(optimizer)])
+
+    Its state is part of the Trainer's checkpoints; ``trainer.train(resume_from_checkpoint=True)`` goes on from them.
+
+    Args:
+        optimizer: The optimizer that the Trainer was given.
+    """
+
+    def __init__(self, optimizer: LHSPG) -> None:
+        self._optimizer = optimizer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raise an error if the training ends before the schedule does.
+
+        Raises:
+            TrainingError: If it would.
+        """
+        needed = self._optimizer.schedule_steps
+        if self._optimizer.steps_left and state.max_steps < needed:
+            raise TrainingError(
+                f"the training has {state.max_steps} steps, and LHSPG needs {needed}",
+                "raise max_steps or num_train_epochs, or shorten the schedule",
+            )
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Add how many units are redundant, gone, and to go."""
+        counts = {f"lhspg_{name}": count for name, count in self._optimizer.counts.items()}
+        if logs is not None:
+            logs.update(counts)
+        if state.log_history:
+            state.log_history[-1].update(counts)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the plan, if there is one."""
+        if state.is_world_process_zero and not self._optimizer.steps_left:
+            self._optimizer.plan.save(Path(args.output_dir) / "plan.json")
