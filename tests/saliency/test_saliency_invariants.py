@@ -173,3 +173,13 @@ def test_random_depends_on_the_seed_and_the_group_alone(adapted):
     assert not torch.equal(other[first], scores[first])
     assert not torch.equal(scores[first], scores[second])
     assert all(bool(((value >= 0) & (value < 1)).all()) for value in scores.values())
+
+
+def test_the_seed_of_the_run_reaches_random(adapted):
+    settings = Prune(saliency="random", kinds=KINDS)
+    first, second = (
+        unit_scores(adapted.model, adapted.groups, settings, Windows(IDS, "text"), seed=seed)
+        for seed in (1, 2)
+    )
+    close(first, score(adapted, "random", seed=1))
+    assert not any(torch.equal(first[group], second[group]) for group in adapted.of_kind("ffn"))
