@@ -93,13 +93,13 @@ def _check(covariance: Tensor) -> None:
     shape = tuple(covariance.shape)
     if len(shape) != 2 or shape[0] != shape[1]:
         raise QuantError(f"a covariance of shape {shape}", "pass (in_features, in_features)")
-    if not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-5 * float(covariance.abs().max())):
-        raise QuantError(
-            f"a covariance of shape {shape} that is not symmetric, or has nan",
-            "pass the mean of x^T x over inputs x",
-        )
     if not bool(covariance.isfinite().all()) or not float(covariance.diagonal().mean()) > 0:
         raise QuantError(
             f"the covariance of shape {shape} is not that of real inputs: zeros, nan or infinity",
             "calibrate on text that reaches this layer",
+        )
+    if not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-5 * float(covariance.abs().max())):
+        raise QuantError(
+            f"a covariance of shape {shape} that is not symmetric",
+            "pass the mean of x^T x over inputs x",
         )
