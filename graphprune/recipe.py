@@ -19,6 +19,8 @@ Positive = Annotated[int, Field(ge=1, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 Rate = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Bits = Annotated[float, Field(gt=0, le=64, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -52,10 +54,33 @@ class Training(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
+class Distribution(_Section):
+    """Knowledge distribution: each group pruned alone, and the loss's rise measured, before anything is decided."""
+
+    ratios: tuple[Rate, ...] = Field(default=(), description="shares of a group's units; none: not measured")
+    windows: Positive = Field(default=8, description="of the training text, others than units are scored on")
+    unprunable: Share = Field(default=0.0, description="share of groups, the most sensitive, that stay whole")
+
+
 class Prune(_Section):
     """LHSPG: which units go, and how gently."""
 
-    remove: Rate = Field(default=0.2, description="share of the model's parameters")
+    remove: Rate = Field(default=0.2, description="share of what `budget` names")
+    budget: str = Field(default="parameters", description="parameters, macs, kv_bytes or bytes")
+    layout: Literal["uniform", "per_layer"] = Field(
+        default="uniform", description="uniform: one width for all layers; per_layer: each its own"
+    )
+    normalise: Literal["none", "kind"] = Field(
+        default="none",
+        description="kind: scores of each kind count as much, for what they cost, as any other's",
+    )
+    keep_at_least: Share = Field(default=0.1, description="share of its units that each group keeps")
+    sequence: Positive = Field(default=1024, description="for budget macs: positions that a token attends to")
+    weight_bits: Bits = Field(
+        default=4.5, description="for budget bytes: of a matrix's weight, scales included"
+    )
+    embedding_bits: Bits = Field(default=8.5, description="likewise, of tables that are read by index")
+    distribution: Distribution = Distribution()
     kinds: tuple[str, ...] = Field(default=("ffn", "attention_heads"), min_length=1)
     width_multiple: dict[str, Positive] = Field(default={"ffn": 64}, description="kept units by kind")
     saliency: str = "fisher"

@@ -21,7 +21,7 @@ from graphprune.coupling.layout import Layout, atoms_of, find
 from graphprune.coupling.low_rank import LinearPaths
 from graphprune.coupling.selection import Indices, Selection, select, unit_of_index
 from graphprune.errors import CouplingError, NothingPrunableError
-from graphprune.trace.graph import Operator, OperatorGraph
+from graphprune.trace.graph import Operator, OperatorGraph, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +254,12 @@ class NodeGroups(Mapping[str, NodeGroup]):
                 "name a weight that some operator reads, and an axis of it: 'model.norm.weight:0'",
             )
         return axes[int(axis)]
+
+    def contractions(self) -> Iterator[tuple[Operator, tuple[tuple[Value, Layout], ...]]]:
+        """Yield every sum of products: its operator, and its operands with the axis of each that is summed over."""
+        for name, operands in self._algebra.sums:
+            if len(operands) > 1:
+                yield self._operators[name], operands
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the groups as plain rows for groups.json, reports and pictures."""

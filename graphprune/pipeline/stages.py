@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from graphprune.certify.certificate import certify
-from graphprune.errors import ShrinkError, VerificationError
+from graphprune.coupling.groups import NodeGroups
+from graphprune.errors import BudgetError, ShrinkError, VerificationError
 from graphprune.export.genai import write_genai_config
 from graphprune.export.runtime import OnnxDecoder
 from graphprune.export.verify import verify_onnx
@@ -19,10 +20,13 @@ from graphprune.export.write import export_onnx
 from graphprune.files import remove, replacing, size_of, write_json, write_text
 from graphprune.pipeline.model_folder import save_adapter, save_model
 from graphprune.pipeline.session import Session
+from graphprune.prune.budget import Budget
 from graphprune.prune.precision import use_bfloat16
 from graphprune.prune.progressive import prune_progressively, unit_scores
+from graphprune.prune.target import recipe_budget, recipe_distribution
 from graphprune.prune.training import Row
 from graphprune.recover.recovery import recover
+from graphprune.report.distribution_picture import distribution_picture
 from graphprune.report.group_document import group_document
 from graphprune.report.group_files import write_groups
 from graphprune.shrink.config import fit_config
@@ -76,6 +80,7 @@ def prune_stage(session: Session) -> str:
     model, groups = session.adapted, session.groups
     with session.reporter.task(f"saliency ({settings.saliency})"):
         scores = unit_scores(model, groups, settings, session.inputs.train, seed=seed)
+    budget = _budget(session, scores)
     steps = settings.warmup_steps + settings.periods * settings.period_steps + settings.settle_steps
     with session.reporter.task("LHSPG", steps) as tick:
         pruned = prune_progressively(
@@ -84,7 +89,7 @@ def prune_stage(session: Session) -> str:
             settings,
             session.inputs.train,
             scores,
-            counted=session.counted,
+            budget=budget,
             example_inputs=session.examples,
             seed=seed,
             progress=lambda row: tick(row["step"] + 1, _words(row)),
@@ -101,9 +106,11 @@ def prune_stage(session: Session) -> str:
             "please report this model",
         )
     small.config = fit_config(session.inputs.config, small, groups, pruned.plan)
-    budget = pruned.budget
-    pruned.plan.save(session.path("plan.json"), asked=budget.asked, achieved=budget.removed_share)
+    pruned.plan.save(
+        session.path("plan.json"), asked=budget.asked, achieved=budget.removed_share, budget=budget.unit
+    )
     save_model(session, small, pruned.plan, distance)
+    before, after = _count(session), sum(parameter.numel() for parameter in small.parameters())
     session.folder.remember(
         widths=[
             {
@@ -114,14 +121,52 @@ def prune_stage(session: Session) -> str:
             }
             for name, count in budget.removed_units.items()
         ],
-        parameters_after=budget.after,
+        parameters_after=after,
         training_dtype="bfloat16" if use_bfloat16(settings.training, model) else "float32",
         surgery_error=distance,
     )
     return (
-        f"{budget.removed_share:.1%} of {budget.before / 1e6:.1f} M parameters removed (asked {budget.asked:.0%}); "
+        f"{1 - after / before:.1%} of {before / 1e6:.1f} M parameters removed "
+        f"(asked {budget.asked:.0%} of {budget.unit}, got {budget.removed_share:.1%}); "
         f"masked against shrunk: {distance:.1e}"
     )
+
+
+def _budget(session: Session, scores: dict[str, torch.Tensor]) -> Budget:
+    """Decide how many units each group loses, on the knowledge distribution if that is asked for."""
+    settings, groups = session.recipe.prune, session.groups
+    with session.reporter.task("knowledge distribution") as tick:
+        distribution = recipe_distribution(
+            session.adapted,
+            groups,
+            settings,
+            session.inputs.train,
+            scores,
+            seed=session.recipe.seed,
+            path=session.path("graph/distribution.json"),
+            progress=lambda done, total: tick(done, "groups", total),
+        )
+    if distribution is not None:
+        write_text(
+            session.path("graph/distribution.svg"), distribution_picture(distribution.rows(groups)) + "\n"
+        )
+    budget = recipe_budget(groups, settings, scores, counted=session.counted, distribution=distribution)
+    if not budget.is_uniform(groups):
+        raise BudgetError(
+            f"layers would have different widths ({_widths(groups, budget)}), which stock "
+            f"{type(session.dense).__name__} does not open again",
+            "set prune.layout to uniform, or prune in Python: graphprune.shrink makes any layout",
+        )
+    return budget
+
+
+def _widths(groups: NodeGroups, budget: Budget) -> str:
+    """Return the range of widths of each kind, in words."""
+    kept: dict[str, list[int]] = {}
+    for group in groups.values():
+        if any(groups[name].kind == group.kind for name in budget.removed_units) and group.prunable:
+            kept.setdefault(group.kind, []).append(group.size - budget.removed_units.get(group.name, 0))
+    return ", ".join(f"{kind}: {min(counts)} to {max(counts)}" for kind, counts in kept.items())
 
 
 def reload_stage(session: Session) -> str:

@@ -1,19 +1,24 @@
-"""From a share of parameters to a number of units for each group."""
+"""From a share of a cost to a number of units for each group."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from graphprune.coupling.groups import NodeGroup, NodeGroups
-from graphprune.errors import BudgetError, NothingPrunableError, RecipeError
+from graphprune.errors import BudgetError, NothingPrunableError, RecipeError, TrainingError
+from graphprune.prune.allocation import Item, allocate, smallest_step
+from graphprune.prune.costs import Cost
 
-_MOST_CHOICES = 200_000
+Layout = Literal["uniform", "per_layer"]
+Curve = NDArray[np.float64]
+"""What a group loses with 0, 1, 2, … units, its least salient first: (units + 1,)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,30 +27,34 @@ class Budget:
 
     Attributes:
         removed_units: By group name.
-        before: Parameters of the model.
-        after: Parameters that stay.
+        before: Cost of the model.
+        after: Cost that remains.
         asked: The share that was asked for.
+        unit: What is counted, such as ``parameters``.
     """
 
     removed_units: Mapping[str, int]
-    before: int
-    after: int
+    before: float
+    after: float
     asked: float
+    unit: str = "parameters"
 
     @property
     def removed_share(self) -> float:
-        """The share of parameters that goes."""
+        """The share of the cost that goes."""
         return 1 - self.after / self.before
 
+    def kept_units(self, groups: NodeGroups) -> dict[str, int]:
+        """Return how many units stay of each group that loses some."""
+        return {name: groups[name].size - count for name, count in self.removed_units.items()}
 
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """Groups of one kind and size, which lose the same number of units: a uniform layout."""
-
-    names: tuple[str, ...]
-    size: int
-    choices: tuple[int, ...]
-    cost_of: tuple[float, ...]
+    def is_uniform(self, groups: NodeGroups) -> bool:
+        """Whether all prunable groups of a kind and size lose the same number of units."""
+        lost: dict[tuple[str, int], set[int]] = {}
+        for group in groups.values():
+            if group.prunable:
+                lost.setdefault((group.kind, group.size), set()).add(self.removed_units.get(group.name, 0))
+        return all(len(counts) == 1 for counts in lost.values())
 
 
 def targets(groups: NodeGroups, kinds: Collection[str]) -> list[NodeGroup]:
@@ -71,112 +80,118 @@ def targets(groups: NodeGroups, kinds: Collection[str]) -> list[NodeGroup]:
     return prunable
 
 
-def uniform_budget(
+def score_curves(scores: Mapping[str, Tensor]) -> dict[str, Curve]:
+    """Return the saliency lost with each number of units, by group.
+
+    Raises:
+        TrainingError: If a score is not finite.
+    """
+    curves = {}
+    for name, score in scores.items():
+        ascending = np.sort(score.detach().double().cpu().numpy())
+        if not np.isfinite(ascending).all():
+            raise TrainingError(
+                f"a unit of '{name}' has a saliency that is not finite",
+                "score on other calibration windows, in float32, or by another saliency",
+            )
+        curves[name] = np.concatenate([[0.0], np.cumsum(ascending)])
+    return curves
+
+
+def normalised_by_kind(curves: Mapping[str, Curve], groups: NodeGroups, cost: Cost) -> dict[str, Curve]:
+    """Scale curves so that, over all groups of a kind, what is lost for each cost saved is one.
+
+    Saliencies of different kinds need not be of one unit: heads with large scores would all stay, and channels pay
+    for them. Within a kind nothing changes.
+
+    Args:
+        curves: What each group loses, by name.
+        groups: The node groups.
+        cost: What units are worth.
+    """
+    names: dict[str, list[str]] = {}
+    for name in curves:
+        names.setdefault(groups[name].kind, []).append(name)
+    factors = {}
+    for kind, same in names.items():
+        lost = sum(float(np.abs(np.diff(curves[name])).sum()) for name in same)
+        saved = cost() - cost(dict.fromkeys(same, 0))
+        factors[kind] = saved / lost if lost > 0 else 1.0
+    return {name: curve * factors[groups[name].kind] for name, curve in curves.items()}
+
+
+def allot(
     groups: NodeGroups,
-    chosen: Collection[NodeGroup],
-    scores: Mapping[str, Tensor],
+    curves: Mapping[str, Curve],
+    cost: Cost,
     *,
     remove: float,
-    width_multiple: Mapping[str, int],
-    counted: Collection[str],
+    layout: Layout = "uniform",
+    width_multiple: Mapping[str, int] | None = None,
+    keep_at_least: float = 0.0,
 ) -> Budget:
-    """Share a budget of parameters out among groups, with one width for all groups of a kind and size.
+    """Share a budget out among groups so that the least is lost.
 
-    Stock model classes know one width for all layers, so a uniform layout loads everywhere. Of all layouts within
-    half a step of the target (a step being the least that any family can lose) the one that loses the least
-    saliency is taken.
+    Of all allocations within half a step of the target (a step being the least that any choice can save) the one that
+    loses least is taken. Stock model classes know one width for all layers, so a uniform layout loads everywhere.
 
     Args:
         groups: The node groups.
-        chosen: Those that may lose units.
-        scores: Saliency of each unit, (units,), by group name.
-        remove: The share of parameters to remove, 0 to 1.
+        curves: What each group that may lose units loses with each number of them, in one unit for all.
+        cost: What is saved; its groups are those of `curves`.
+        remove: The share of the cost to remove, 0 to 1.
+        layout: ``uniform``: one width for all groups of a kind and size; ``per_layer``: each group its own.
         width_multiple: Kept units are a multiple of this, by kind.
-        counted: Names of the parameters that count.
+        keep_at_least: The share of its units that each group keeps, 0 to 1.
 
     Raises:
-        BudgetError: If no layout comes within a step of the target.
+        BudgetError: If no allocation comes within a step of the target.
     """
-    families = _families(chosen, scores, width_multiple)
-    before = _count(groups, counted, {})
-    table = [(_after(groups, counted, families, choice), choice) for choice in _choices(families)]
-    steps = [before - after for after, _ in table if after < before]
-    if not steps:
+    multiple = dict(width_multiple or {})
+    families = _families(groups, curves, layout)
+    items = [_item(family, groups, curves, multiple, keep_at_least) for family in families]
+    tied = cost.polynomial.renamed({name: family[0] for family in families for name in family})
+    step, before = smallest_step(items, tied), cost()
+    kinds = ", ".join(sorted({groups[name].kind for name in curves}))
+    if step == math.inf:
         raise BudgetError(
-            f"no group can lose a unit and keep a multiple of {dict(width_multiple)}",
-            "lower prune.width_multiple",
+            f"no group can lose a unit, save {cost.name}, and keep {keep_at_least:.0%} of its units and a multiple "
+            f"of {multiple}",
+            f"lower prune.width_multiple or prune.keep_at_least; the kinds are {kinds}",
         )
-    step, goal = min(steps), before * (1 - remove)
-    near = [entry for entry in table if abs(entry[0] - goal) <= step / 2 and entry[0] < before]
-    if not near:
-        nearest = min((after for after, _ in table if after < before), key=lambda after: abs(after - goal))
-        if abs(nearest - goal) > step:
-            raise BudgetError(
-                f"{remove:.1%} of the parameters cannot be removed from {', '.join(sorted({g.kind for g in chosen}))}"
-                f"; the nearest is {1 - nearest / before:.1%}",
-                "ask for that, or allow more kinds",
-            )
-        near = [entry for entry in table if entry[0] == nearest]
-    after, choice = min(near, key=lambda entry: (_lost(families, entry[1]), abs(entry[0] - goal)))
-    removed = {
-        name: count for family, count in zip(families, choice, strict=True) for name in family.names if count
-    }
-    return Budget(removed, before, after, remove)
-
-
-def _families(
-    chosen: Collection[NodeGroup], scores: Mapping[str, Tensor], multiple: Mapping[str, int]
-) -> list[_Family]:
-    members: dict[tuple[str, int], list[NodeGroup]] = {}
-    for group in chosen:
-        members.setdefault((group.kind, group.size), []).append(group)
-    families = []
-    for (kind, size), same in members.items():
-        least = max(group.minimum for group in same)
-        kept = [k for k in range(least, size) if k % multiple.get(kind, 1) == 0]
-        choices = (0, *sorted(size - k for k in kept))
-        lost = np.zeros(size + 1)
-        for group in same:
-            lost[1:] += np.cumsum(np.sort(scores[group.name].double().numpy()))
-        names = tuple(group.name for group in same)
-        families.append(_Family(names, size, choices, tuple(float(lost[c]) for c in choices)))
-    return families
-
-
-def _choices(families: list[_Family]) -> Iterator[tuple[int, ...]]:
-    if math.prod(len(family.choices) for family in families) > _MOST_CHOICES:
+    goal = before * (1 - remove)
+    found = allocate(items, tied, goal=goal, tolerance=step / 2)
+    if abs(found.cost - goal) > step:
         raise BudgetError(
-            f"{len(families)} families of groups allow too many layouts to compare",
-            "raise prune.width_multiple or choose fewer kinds",
+            f"{remove:.1%} of the {cost.name} cannot be removed from {kinds}; "
+            f"the nearest is {1 - found.cost / before:.1%}",
+            "ask for that, allow more kinds, or lower prune.keep_at_least",
         )
-    return itertools.product(*(family.choices for family in families))
+    removed = {name: count for family in families for name in family if (count := found.removed[family[0]])}
+    after = cost({name: groups[name].size - count for name, count in removed.items()})
+    return Budget(removed, before, after, remove, cost.name)
 
 
-def _after(
-    groups: NodeGroups, counted: Collection[str], families: list[_Family], choice: tuple[int, ...]
-) -> int:
-    kept = {
-        name: np.arange(family.size - count)
-        for family, count in zip(families, choice, strict=True)
-        if count
-        for name in family.names
-    }
-    return _count(groups, counted, kept)
+def _families(groups: NodeGroups, names: Collection[str], layout: Layout) -> list[list[str]]:
+    """Return the groups that lose the same number of units, together."""
+    if layout == "per_layer":
+        return [[name] for name in names]
+    families: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        families.setdefault((groups[name].kind, groups[name].size), []).append(name)
+    return list(families.values())
 
 
-def _count(groups: NodeGroups, counted: Collection[str], kept: Mapping[str, np.ndarray]) -> int:
-    selection = groups.selection(kept)
-    total = 0
-    for name, value in groups.graph.weights.items():
-        if name not in counted:
-            continue
-        axes = groups.axes(name)
-        sizes = [len(groups.keep(axis, selection)) for axis in axes] if axes else list(value.shape)
-        total += math.prod(sizes)
-    return total
-
-
-def _lost(families: list[_Family], choice: tuple[int, ...]) -> float:
-    return sum(
-        family.cost_of[family.choices.index(count)] for family, count in zip(families, choice, strict=True)
-    )
+def _item(
+    family: list[str],
+    groups: NodeGroups,
+    curves: Mapping[str, Curve],
+    multiple: Mapping[str, int],
+    keep_at_least: float,
+) -> Item:
+    kind, size = groups[family[0]].kind, groups[family[0]].size
+    least = max(1, math.ceil(keep_at_least * size), *(groups[name].minimum for name in family))
+    kept = [k for k in range(least, size) if k % multiple.get(kind, 1) == 0]
+    choices = (0, *sorted(size - k for k in kept))
+    lost = np.sum([curves[name] for name in family], axis=0)
+    return Item(family[0], size, choices, tuple(lost[list(choices)].tolist()))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from graphprune.coupling.groups import NodeGroup, NodeGroups
 from graphprune.errors import BudgetError, TrainingError
-from graphprune.prune.budget import targets, uniform_budget
+from graphprune.prune.budget import allot, score_curves, targets
+from graphprune.prune.costs import Measured, cost_named
 
 KINDS = ("ffn", "attention_heads")
 _GREATEST_MULTIPLE = 64
@@ -58,14 +59,13 @@ class ParameterGroups:
             raise BudgetError(f"remove is {remove}", "give the share of parameters to remove: 0.2 for 20 %")
         if remove == 0:
             return {}
-        multiple = width_multiple if width_multiple is not None else _multiples(self.prunable)
-        budget = uniform_budget(
+        names = [group.name for group in self.prunable]
+        budget = allot(
             self.groups,
-            self.prunable,
-            {group.name: _even(group) for group in self.prunable},
+            score_curves({group.name: _even(group) for group in self.prunable}),
+            cost_named("parameters", Measured(self.groups, self.counted), names),
             remove=remove,
-            width_multiple=multiple,
-            counted=self.counted,
+            width_multiple=width_multiple if width_multiple is not None else _multiples(self.prunable),
         )
         return dict(budget.removed_units)
 

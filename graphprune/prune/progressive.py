@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import TrainingError
-from graphprune.prune.budget import Budget, targets, uniform_budget
+from graphprune.prune.budget import Budget, targets
 from graphprune.prune.lhspg import LHSPG
 from graphprune.prune.param_groups import param_groups
 from graphprune.prune.precision import frozen_in_bfloat16, use_bfloat16
@@ -54,7 +54,7 @@ def unit_scores(
     objective = Objective(logits_of(model), None, 0.0, autocast)
     try:
         with _computing_in(model, autocast):
-            evidence = Evidence(model, groups, gates, ids.split(1), objective)
+            evidence = Evidence(model, groups, gates, ids.split(1), objective, seed)
             return saliency_named(settings.saliency)(evidence)
     finally:
         gates.close()
@@ -67,7 +67,7 @@ def prune_progressively(
     windows: Windows,
     scores: Mapping[str, Tensor],
     *,
-    counted: Collection[str],
+    budget: Budget,
     example_inputs: Mapping[str, Any],
     seed: int,
     progress: Progress | None = None,
@@ -82,7 +82,7 @@ def prune_progressively(
         settings: The recipe's section.
         windows: Training text.
         scores: Saliency to start from, by group.
-        counted: Names of the parameters that the budget counts.
+        budget: How many units each group loses.
         example_inputs: For `Pruned.masked_logits`.
         seed: Of the order of batches.
         progress: Told after each step.
@@ -90,15 +90,6 @@ def prune_progressively(
     Raises:
         TrainingError: If the loss is not finite, or the schedule ends with another number of units than planned.
     """
-    chosen = targets(groups, settings.kinds)
-    budget = uniform_budget(
-        groups,
-        chosen,
-        scores,
-        remove=settings.remove,
-        width_multiple=settings.width_multiple,
-        counted=counted,
-    )
     repair: Repair | None = None
     params = param_groups(model, groups, settings.kinds)
     training = settings.training

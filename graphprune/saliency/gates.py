@@ -145,7 +145,8 @@ class Gates:
     def _factor(self, owners: Mapping[str, Tensor]) -> Tensor:
         """Return the product of all gates on each index of an axis."""
         factors = []
-        for name, owner in owners.items():
+        for name, on_host in owners.items():
+            owner = on_host.to(self.values[name].device)
             value = self.values[name][owner.clamp_min(0)]
             factors.append(torch.where(owner < 0, torch.ones_like(value), value))
         return torch.stack(factors).prod(0) if len(factors) > 1 else factors[0]

@@ -1,17 +1,20 @@
-"""Gradients with respect to the gates, batch by batch."""
+"""Gradients with respect to the gates and to the adapters, batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from graphprune.errors import TrainingError
+from graphprune.saliency.effective import Gradients
 from graphprune.saliency.registry import Evidence
+from graphprune.saliency.units import AdaptedMember
 
 
-def gate_gradients(evidence: Evidence) -> Iterator[dict[str, Tensor]]:
-    """Yield the gates' gradients of the loss for each batch.
+def losses(evidence: Evidence) -> Iterator[Tensor]:
+    """Yield the loss of each batch.
 
     Raises:
         TrainingError: If there is no batch, or the loss is not finite.
@@ -21,20 +24,58 @@ def gate_gradients(evidence: Evidence) -> Iterator[dict[str, Tensor]]:
         loss = evidence.loss(batch)
         if not bool(loss.isfinite()):
             raise TrainingError(
-                f"the loss is {float(loss)} before any training", "check the model and the text"
+                f"the loss is {float(loss.detach())} before any training", "check the model and the text"
             )
-        loss.backward()
         seen += 1
-        yield evidence.gates.gradients()
+        yield loss
     if not seen:
         raise TrainingError("the calibration set is empty", "raise prune.calibration_windows")
 
 
-def mean_over_batches(evidence: Evidence, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Return the mean over batches of a function of the gates' gradients, by group."""
+def gate_gradients(evidence: Evidence) -> Iterator[dict[str, Tensor]]:
+    """Yield the gates' gradients of the loss for each batch.
+
+    Raises:
+        TrainingError: If there is no batch, or the loss is not finite.
+    """
+    for loss in losses(evidence):
+        loss.backward()
+        yield evidence.gates.gradients()
+
+
+def factor_gradients(evidence: Evidence, members: Iterable[AdaptedMember]) -> Iterator[Gradients]:
+    """Yield the gradients of the loss with respect to the low-rank factors of weights, for each batch.
+
+    Nothing else gets a gradient, and no `grad` is touched.
+
+    Raises:
+        TrainingError: If a factor is frozen, there is no batch, or the loss is not finite.
+    """
+    factors = {name: factor for member in members for name, factor in member.weight.factors().items()}
+    frozen = [name for name, factor in factors.items() if not factor.requires_grad]
+    if frozen:
+        raise TrainingError(
+            f"{frozen[0]} is frozen, and this saliency needs its gradient",
+            "make it trainable: requires_grad_()",
+        )
+    for loss in losses(evidence):
+        found = torch.autograd.grad(loss, list(factors.values()), materialize_grads=True)
+        yield dict(zip(factors, found, strict=True))
+
+
+def mean_of(found: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of mappings that have the same keys."""
     total: dict[str, Tensor] = {}
     count = 0
-    for count, gradients in enumerate(gate_gradients(evidence), start=1):
-        for name, gradient in gradients.items():
-            total[name] = of(gradient) if count == 1 else total[name] + of(gradient)
-    return {name: score / count for name, score in total.items()}
+    for entry in found:
+        count += 1
+        total = {name: total[name] + value if total else value for name, value in entry.items()}
+    return {name: value / count for name, value in total.items()}
+
+
+def mean_over_batches(evidence: Evidence, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Return the mean over batches of a function of the gates' gradients, by group, on the CPU."""
+    return mean_of(
+        {name: of(gradient).cpu() for name, gradient in gradients.items()}
+        for gradients in gate_gradients(evidence)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphprune.saliency.effective import numbers_of
 from graphprune.saliency.registry import Evidence, saliency
 
 
@@ -15,13 +16,12 @@ def magnitude(evidence: Evidence) -> dict[str, Tensor]:
     Looks at no data. Scores of different kinds are made comparable by the division only.
     """
     scores: dict[str, Tensor] = {}
-    weights = dict(evidence.model.named_parameters(remove_duplicate=False))
     for name, group in evidence.gates.groups.items():
         squares = torch.zeros(group.size)
         for member in group.members:
             if member.role != "parameter":
                 continue
-            weight = weights[member.parameter].detach().float()
+            weight = numbers_of(evidence.model, member.parameter, member.shape).float()
             others = [axis for axis in range(weight.dim()) if axis != member.axis]
             per_index = weight.square().sum(dim=others).cpu() if others else weight.square().cpu()
             owner = torch.from_numpy(group.owner(member))

@@ -20,11 +20,12 @@ class Evidence:
     """What a saliency may look at.
 
     Attributes:
-        model: The gated model.
+        model: The gated model, which is judged as its gates are.
         groups: Its node groups.
         gates: Gates on the groups to score.
         batches: Token ids (batch, window), already limited to the calibration set.
         loss: From a batch to the scalar that the model is judged by.
+        seed: Of what is drawn at random.
     """
 
     model: nn.Module
@@ -32,12 +33,14 @@ class Evidence:
     gates: Gates
     batches: Iterable[Tensor]
     loss: Callable[[Tensor], Tensor]
+    seed: int = 0
 
 
 Saliency = Callable[[Evidence], dict[str, Tensor]]
 
 _SALIENCIES: dict[str, Saliency] = {}
-_BUILT_IN = ("fisher", "magnitude", "taylor")
+_BUILT_IN = "cosine", "fisher", "flap", "loraprune", "magnitude", "random", "taylor", "wanda", "weight_taylor"
+"""Modules that register saliencies."""
 
 
 def saliency(name: str) -> Callable[[Saliency], Saliency]:
@@ -59,9 +62,15 @@ def saliency_named(name: str) -> Saliency:
     _load()
     if name not in _SALIENCIES:
         close = difflib.get_close_matches(name, _SALIENCIES, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(sorted(_SALIENCIES))}"
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(registered_saliencies())}"
         raise RecipeError(f"there is no saliency '{name}'", hint)
     return _SALIENCIES[name]
+
+
+def registered_saliencies() -> tuple[str, ...]:
+    """Return the names of all saliencies, in alphabetical order."""
+    _load()
+    return tuple(sorted(_SALIENCIES))
 
 
 @cache

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from graphprune.errors import GraphPruneError, RecipeError, RunFolderError, SourceError
+from graphprune.errors import BudgetError, GraphPruneError, RecipeError, RunFolderError, SourceError
 from graphprune.pipeline import run as module
 from graphprune.pipeline.progress import Reporter
 from graphprune.pipeline.run import STAGES, run
@@ -307,3 +307,24 @@ def test_a_folder_that_another_process_holds_is_refused(finished, bench):
     ):
         run(bench.recipe, folder, SILENT)
     assert content(folder) == before
+
+
+def test_layers_of_different_widths_are_refused_before_any_training(bench, tmp_path):
+    """Stock classes do not open them; what was measured stays, with its picture."""
+    distribution = "distribution: {ratios: [0.25, 0.5], windows: 2}"
+    recipe = bench.with_recipe(
+        layout=("  remove: 0.2", f"  remove: 0.1\n  layout: per_layer\n  {distribution}")
+    )
+    with pytest.raises(BudgetError, match=r"layers would have different widths \(.*\d to \d") as caught:
+        run(recipe, tmp_path / "RUN", SILENT)
+    assert "set prune.layout to uniform" in str(caught.value)
+    assert not (tmp_path / "RUN" / "training").exists()
+    measured = json.loads((tmp_path / "RUN" / "graph" / "distribution.json").read_text())["groups"]
+    assert {name.rpartition(":")[2] for name in measured} == {"ffn", "attention_heads"}
+    assert (tmp_path / "RUN" / "graph" / "distribution.svg").read_text().startswith("<svg")
+
+
+def test_a_budget_that_is_not_there_is_named_before_anything_is_opened(bench, tmp_path):
+    recipe = bench.with_recipe(budget=("  remove: 0.2", "  remove: 0.2\n  budget: flops"))
+    with pytest.raises(RecipeError, match=r"prune\.budget: there is no cost 'flops'"):
+        run(recipe, tmp_path / "RUN", SILENT)

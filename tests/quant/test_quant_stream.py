@@ -437,7 +437,7 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_written(tmp_path
         ({"formats": (("(", "nf4"),)}, "not a regular expression"),
         ({"block_size": 48}, "block of 48"),
         ({"scale_storage": "float8"}, "float8"),
-        ({"rank": 0}, "rank of at least 1"),
+        ({"rank": 0}, "rank 0 are not possible"),
         ({"iterations": -1}, "-1 iterations"),
         ({"shard_bytes": 0}, "files of 0 bytes"),
     ],

@@ -1,0 +1,279 @@
+"""What a model costs, as a function of how many units each group keeps.
+
+Each cost is a polynomial, exact for any surgery: no model is built to find out what it would cost.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from graphprune.coupling.groups import NodeGroups
+from graphprune.coupling.layout import Layout, atoms_of, find
+from graphprune.errors import BudgetError, RecipeError
+from graphprune.prune.polynomial import Polynomial, UnitSizes
+from graphprune.trace.graph import Operator, Value
+
+_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "int64": 64, "int32": 32, "int8": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is counted, and in which units.
+
+    Attributes:
+        groups: The node groups of the model.
+        counted: Names of the parameters that count; adapters, which are merged in the end, are none of them.
+        sequence: For `macs`: how many positions a token attends to, itself included.
+        bits: For `bytes`: bits of a weight on disk, by parameter; others take those of their type.
+        cache_bits: For `kv_bytes`: bits of a cached number.
+    """
+
+    groups: NodeGroups
+    counted: Collection[str]
+    sequence: int = 1024
+    bits: Mapping[str, float] = field(default_factory=dict)
+    cache_bits: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """A cost as a function of the units that groups keep.
+
+    Attributes:
+        name: What is counted.
+        polynomial: In units kept, by group name.
+        sizes: Units of each group whose units may go.
+    """
+
+    name: str
+    polynomial: Polynomial
+    sizes: Mapping[str, int]
+
+    def __call__(self, kept: Mapping[str, Any] | None = None) -> Any:
+        """Return the cost where groups keep so many units, those not named all of theirs.
+
+        Args:
+            kept: Numbers of units, or arrays of them of one shape, by group name.
+        """
+        return self.polynomial({**self.sizes, **(kept or {})})
+
+
+Counting = Callable[[Measured, UnitSizes], Polynomial]
+
+_COSTS: dict[str, Counting] = {}
+
+
+def cost(name: str) -> Callable[[Counting], Counting]:
+    """Register a function as the cost called `name`."""
+
+    def register(function: Counting) -> Counting:
+        _COSTS[name] = function
+        return function
+
+    return register
+
+
+def check_cost(name: str) -> None:
+    """Check that there is a cost called `name`.
+
+    Raises:
+        RecipeError: If there is none.
+    """
+    if name not in _COSTS:
+        close = difflib.get_close_matches(name, _COSTS, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(sorted(_COSTS))}"
+        raise RecipeError(f"prune.budget: there is no cost '{name}'", hint)
+
+
+def cost_named(name: str, measured: Measured, names: Collection[str]) -> Cost:
+    """Return a registered cost of a model.
+
+    Args:
+        name: Which: ``parameters``, ``macs``, ``kv_bytes``, ``bytes``, or one that was registered.
+        measured: What is counted.
+        names: Groups whose units may go.
+
+    Raises:
+        RecipeError: If there is no cost of that name.
+        BudgetError: If the model has nothing to be counted.
+    """
+    check_cost(name)
+    sizes = {group: measured.groups[group].size for group in names}
+    return Cost(name, _COSTS[name](measured, UnitSizes.of(measured.groups, names)), sizes)
+
+
+@cost("parameters")
+def parameters(measured: Measured, sizes: UnitSizes) -> Polynomial:
+    """Count the elements of all parameters that count, a tied one once."""
+    return _sum(elements for _, elements in _weights(measured, sizes))
+
+
+@cost("bytes")
+def bytes_on_disk(measured: Measured, sizes: UnitSizes) -> Polynomial:
+    """Count the bytes of all parameters that count, each at its number of bits."""
+    return _sum(
+        elements * Polynomial.constant(measured.bits.get(value.name, _BITS.get(value.dtype, 32)) / 8)
+        for value, elements in _weights(measured, sizes)
+    )
+
+
+@cost("macs")
+def macs(measured: Measured, sizes: UnitSizes) -> Polynomial:
+    """Count the products of a token's way through all matrix products, attention included.
+
+    Axes of the input (batch and positions) count once; a product of activations with each other, which is attention,
+    runs over `Measured.sequence` positions, without regard to a mask.
+    """
+    return _sum(
+        _products(contraction, measured, sizes)
+        for contraction in _contractions(measured)
+        if not _adapts(contraction.operator, measured)
+    )
+
+
+@cost("kv_bytes")
+def kv_bytes(measured: Measured, sizes: UnitSizes) -> Polynomial:
+    """Count the bytes of keys and values that a token leaves in the cache, shared key heads once.
+
+    Raises:
+        BudgetError: If nothing in the model attends.
+    """
+    cached = [value for contraction in _contractions(measured) for value in contraction.cached]
+    if not cached:
+        raise BudgetError("this model keeps no keys and values", "ask for a budget of parameters instead")
+    per_token = _sum(
+        math.prod(
+            (_size(axis, sizes, repeated=False) for axis in _axes(measured, value)),
+            start=Polynomial.constant(1),
+        )
+        for value in cached
+    )
+    return per_token * Polynomial.constant(measured.cache_bits / 8)
+
+
+def bits_by_use(
+    groups: NodeGroups, counted: Collection[str], *, matrices: float, tables: float
+) -> dict[str, float]:
+    """Return the bits of weights that are stored quantized: matrices, and tables that are read by index.
+
+    Vectors (norms, biases) stay as they are. A table that is also multiplied with (a tied head) is a table.
+
+    Args:
+        groups: The node groups.
+        counted: Names of the parameters that count.
+        matrices: Bits a weight, scales included.
+        tables: Likewise.
+    """
+    looked_up = {
+        value.name
+        for operator in groups.graph.operators
+        if operator.target.startswith(("aten.embedding", "onnx.Gather"))
+        for value in operator.inputs
+    }
+    return {
+        name: tables if name in looked_up else matrices
+        for name, value in groups.graph.weights.items()
+        if name in counted and len(value.shape) > 1
+    }
+
+
+def _sum(polynomials: Iterator[Polynomial]) -> Polynomial:
+    return Polynomial.collected(term for polynomial in polynomials for term in polynomial.terms.items())
+
+
+def _weights(measured: Measured, sizes: UnitSizes) -> Iterator[tuple[Value, Polynomial]]:
+    """Yield the weights that count, with their numbers of elements."""
+    for name, value in measured.groups.graph.weights.items():
+        if name in measured.counted:
+            axes = measured.groups.axes(name)
+            lengths = [Polynomial.constant(math.prod(value.shape))]
+            if axes:
+                lengths = [sizes.length(axis) for axis in axes]
+            yield value, math.prod(lengths, start=Polynomial.constant(1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Contraction:
+    """An operator that sums products.
+
+    Attributes:
+        operator: The operator.
+        operands: What it multiplies.
+        summed: The axes that it sums over.
+        attends: Whether its operands are both computed from the input by way of parameters.
+    """
+
+    operator: Operator
+    operands: tuple[Value, ...]
+    summed: tuple[Layout, ...]
+    attends: bool
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it is the whole of an attention: q kᵀ, then values."""
+        return self.attends and self.operator["value"] is not None
+
+    @property
+    def cached(self) -> tuple[Value, ...]:
+        """What attention reads of earlier tokens: key and value, or the second operand of one of its products."""
+        if self.is_fused:
+            return self.operator["key"], self.operator["value"]
+        return self.operands[1:2] if self.attends else ()
+
+
+def _contractions(measured: Measured) -> list[_Contraction]:
+    dependence = measured.groups.graph.dependence
+    mixed = dependence.on_inputs & dependence.on_parameters
+    found: dict[str, _Contraction] = {}
+    for operator, operands in measured.groups.contractions():
+        earlier = found[operator.name].summed if operator.name in found else ()
+        values = tuple(value for value, _ in operands)
+        attends = all(value.name in mixed for value in values)
+        found[operator.name] = _Contraction(operator, values, (*earlier, operands[0][1]), attends)
+    return list(found.values())
+
+
+def _products(contraction: _Contraction, measured: Measured, sizes: UnitSizes) -> Polynomial:
+    """Return how many products a token costs: the result's size times the length of the sum."""
+    operator = contraction.operator
+    output = operator.outputs[0]
+    axes = _axes(measured, output) if output else []
+    # Attention sums over positions too, which count once; others over features, of the input's own perhaps.
+    length_of = partial(_size, sizes=sizes) if contraction.attends else sizes.length
+    length = math.prod(map(length_of, contraction.summed), start=Polynomial.constant(1))
+    if contraction.is_fused:
+        length = length + _size(axes.pop(), sizes)
+    window = operator["weight"].shape[2:] if operator.target.startswith("aten.conv") else ()
+    factor = math.prod(window) * (measured.sequence if contraction.attends else 1)
+    return math.prod((_size(axis, sizes) for axis in axes), start=Polynomial.constant(factor)) * length
+
+
+def _adapts(operator: Operator, measured: Measured) -> bool:
+    """Whether an operator reads a parameter that does not count."""
+    return any(value.role == "parameter" and value.name not in measured.counted for value in operator.inputs)
+
+
+def _axes(measured: Measured, value: Value) -> list[Layout]:
+    axes = measured.groups.axes(value.name)
+    if axes is None:
+        raise BudgetError(
+            f"the size of '{value.name}' is not known for other numbers of units",
+            "ask for a budget of parameters instead",
+        )
+    return list(axes)
+
+
+def _size(axis: Layout, sizes: UnitSizes, *, repeated: bool = True) -> Polynomial:
+    """Return the length of an axis without what comes from the model's input, and without repetition if told so."""
+    axis = find(axis)
+    if axis.form == "product":
+        parts = (_size(part, sizes, repeated=repeated) for part in axis.parts)
+        return math.prod(parts, start=Polynomial.constant(1))
+    if all(atom.anchored for atom in atoms_of(axis)) or (not repeated and "repeated" in axis.marks):
+        return Polynomial.constant(1)
+    return sizes.length(axis)
