@@ -48,7 +48,7 @@ def test_no_family_of_groups_starves_another(remove):
     groups = gp.node_groups(gp.trace(model, torch.randn(3, 8)))
     units = gp.param_groups(model, groups, kinds=["ffn"]).units(remove, width_multiple={})
     wide, narrow = (count / groups[name].size for name, count in units.items())
-    assert wide == pytest.approx(narrow, abs=0.12)
+    assert wide == pytest.approx(narrow, abs=0.15)  # a unit of the narrow one is a tenth
 
 
 def test_without_a_say_widths_stay_aligned():
