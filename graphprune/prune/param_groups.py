@@ -118,6 +118,6 @@ def _multiples(groups: Collection[NodeGroup]) -> dict[str, int]:
 
 
 def _even(group: NodeGroup) -> Tensor:
-    """Return scores whose sum grows with the square of the share lost: least where all kinds lose the same share."""
+    """Return scores whose sum grows so steeply with the share lost that it is least where all lose alike."""
     rank = torch.arange(1, group.size + 1, dtype=torch.float64)
-    return rank * group.parameters_per_unit / group.size
+    return group.parameters_per_unit * (rank / group.size) ** 3
