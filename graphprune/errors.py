@@ -6,6 +6,7 @@ The command line prints the message alone and exits with the class's `exit_code`
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -29,6 +30,21 @@ class RecipeError(GraphPruneError, ValueError):
     """The recipe or a command-line flag is wrong; the message names the key and its line."""
 
     exit_code = 2
+
+    @classmethod
+    def unknown(cls, what: str, name: str, known: Iterable[str], key: str = "") -> RecipeError:
+        """Return the error for a name that nothing has; it says which is meant, or which there are.
+
+        Args:
+            what: What should have it, such as "saliency".
+            name: As it was given.
+            known: Names that there are.
+            key: The recipe's key, if the message is to begin with it.
+        """
+        names = sorted(known)
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(names)}"
+        return cls(f"{key}{': ' if key else ''}there is no {what} '{name}'", hint)
 
 
 class SourceError(GraphPruneError, ValueError):

@@ -17,7 +17,7 @@ from quant.chain import find_chain
 from quant.config import LoftQConfig
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
-from quant.guidance import Loss, token_importance
+from quant.guidance import Loss, check_loss, token_importance
 from quant.linear import QuantLinear
 from quant.loftq import loftq, relative_error
 from quant.quantized import QuantizedTensor
@@ -96,10 +96,7 @@ def loftq_model(
         QuantError: No layer matches, or one cannot be quantized; the model is left as it was.
     """
     groups = _groups(model, config)
-    if loss is not None and batches is None:
-        raise QuantError(
-            "a loss without calibration batches", "pass `batches`, with labels if the loss needs them"
-        )
+    check_loss(loss, batches)
     if config.compensated and batches is None:
         raise QuantError("compensated rounding without calibration batches", "pass `batches`")
     if not groups:

@@ -41,6 +41,14 @@ class Importance:
     scale: float
 
 
+def check_loss(loss: Loss | None, batches: object) -> None:
+    """Raise QuantError for a loss that there is no text for."""
+    if loss is not None and batches is None:
+        raise QuantError(
+            "a loss without calibration batches", "pass `batches`, with labels if the loss needs them"
+        )
+
+
 def token_importance(
     model: nn.Module, batches: Iterable[Batch], names: Iterable[str], loss: Loss
 ) -> dict[str, Importance]:

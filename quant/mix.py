@@ -14,7 +14,7 @@ from quant.codebooks import get_format
 from quant.config import LoftQConfig
 from quant.covariance import InputNorm
 from quant.errors import QuantError
-from quant.guidance import Importance, Loss, token_importance
+from quant.guidance import Importance, Loss, check_loss, token_importance
 from quant.loftq import loftq
 
 Formats = tuple[tuple[str, str | int], ...]
@@ -111,10 +111,7 @@ def mix_for_budget(
     }
     if not layers:
         raise QuantError(f"no linear layer of this {type(model).__name__} is to be mixed", "widen `include`")
-    if loss is not None and batches is None:
-        raise QuantError(
-            "a loss without calibration batches", "pass `batches`, with labels if the loss needs them"
-        )
+    check_loss(loss, batches)
     formats = [formats] if isinstance(formats, (str, int)) else formats
     if not nbytes >= 0:
         raise QuantError(f"a budget of {nbytes} bytes", "pass a number of bytes")

@@ -5,7 +5,6 @@ Each cost is a polynomial, exact for any surgery: no model is built to find out 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -85,9 +84,7 @@ def check_cost(name: str) -> None:
         RecipeError: If there is none.
     """
     if name not in _COSTS:
-        close = difflib.get_close_matches(name, _COSTS, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(sorted(_COSTS))}"
-        raise RecipeError(f"prune.budget: there is no cost '{name}'", hint)
+        raise RecipeError.unknown("cost", name, _COSTS, key="prune.budget")
 
 
 def cost_named(name: str, measured: Measured, names: Collection[str]) -> Cost:

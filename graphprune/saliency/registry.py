@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -61,9 +60,7 @@ def saliency_named(name: str) -> Saliency:
     """
     _load()
     if name not in _SALIENCIES:
-        close = difflib.get_close_matches(name, _SALIENCIES, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(registered_saliencies())}"
-        raise RecipeError(f"there is no saliency '{name}'", hint)
+        raise RecipeError.unknown("saliency", name, _SALIENCIES)
     return _SALIENCIES[name]
 
 

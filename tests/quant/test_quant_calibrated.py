@@ -190,6 +190,25 @@ def test_each_layer_is_measured_after_those_before_it_are_compressed() -> None:
     assert order == [f"blocks.{i}.{name}" for i in range(3) for name in ("gate", "up", "down")]
 
 
+def test_layers_with_one_input_are_measured_each_by_its_own_importance() -> None:
+    model = Model(blocks=2).eval()
+    layers = {name: layer for name, layer in linears(model).items() if name != "head"}
+    chain = find_chain(model, batches(), list(layers))
+    assert chain is not None
+    generator = torch.Generator().manual_seed(3)
+    importance = {
+        f"blocks.0.{name}": [torch.rand(96, generator=generator) for _ in batches()]
+        for name in ("gate", "up")
+    }
+    found: dict[str, Tensor | None] = {}
+    quantize_chain(chain, layers, 0.0, lambda name, _, each: found.update({name: each}), importance)
+    with torch.no_grad():
+        x = torch.cat([model.blocks[0].norm(model.embedding(batch)).flatten(0, 1) for batch in batches()])
+    for name, calls in importance.items():
+        weights = torch.cat(calls)
+        torch.testing.assert_close(found[name], (x.T * weights) @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_share_of_the_shift_is_taken_back() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, before = torch.randn(5, 8, generator=generator), torch.randn(200, 8, generator=generator)

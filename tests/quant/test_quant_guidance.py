@@ -85,7 +85,7 @@ def test_importance_is_the_mean_square_of_the_gradient() -> None:
             torch.testing.assert_close(rows.double(), expected / scale, rtol=1e-3, atol=1e-5)
 
 
-def test_no_token_counts_more_than_so_many_times_the_mean() -> None:
+def test_rows_without_a_label_count_nothing_and_frozen_models_are_measured_too() -> None:
     many = [
         {"rows": torch.randn(400, 32), "labels": torch.where(torch.arange(400) == 7, 3, -1)} for _ in range(2)
     ]
@@ -95,11 +95,21 @@ def test_no_token_counts_more_than_so_many_times_the_mean() -> None:
     assert (rows > 0).sum() == 2
     frozen = Model().requires_grad_(False)
     assert token_importance(frozen, many, NAMES, loss).keys() == set(NAMES)
-    skewed = [{"rows": torch.randn(400, 32), "labels": torch.randint(0, 10, (400,))}]
-    skewed[0]["rows"][7] *= 1e3
-    model = Model().eval()
-    raw = token_importance(model, skewed, ["blocks.0.up"], loss)["blocks.0.up"]
-    assert raw.calls[0].max() <= LARGEST / float(raw.calls[0].clamp(max=LARGEST).mean()) * 1.5
+
+
+def test_a_row_with_a_far_larger_gradient_is_clipped() -> None:
+    batch = {"rows": torch.randn(400, 32), "labels": torch.zeros(400, dtype=torch.long)}
+
+    def steep(output: dict[str, Tensor]) -> Tensor:
+        return output["logits"].sum() + 1000 * output["logits"][7].sum()
+
+    found = token_importance(Model(), [batch], ["head"], steep)["head"]
+    squares = torch.ones(400, dtype=torch.float64)
+    squares[7] = 1001**2
+    assert found.scale == pytest.approx(float(squares.mean()), rel=1e-5)
+    clipped = squares.clamp(max=LARGEST * float(squares.mean()))
+    assert clipped[7] < squares[7]
+    torch.testing.assert_close(found.calls[0].double(), clipped / clipped.mean(), rtol=1e-4, atol=1e-7)
 
 
 def test_covariances_count_each_row_by_its_importance() -> None:
