@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graphprune import __version__
 from graphprune.errors import GraphPruneError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graphprune.pipeline.progress import Reporter
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -76,17 +82,76 @@ def inspect(
     found.raise_if_nothing_is_prunable()
 
 
+_Recipe = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+_Output = Annotated[Path, typer.Option("-o", "--output", help="The run folder; a run in it is resumed.")]
+_Model = Annotated[
+    str | None, typer.Option(help="A transformers folder, a hub id, or demo; replaces the recipe's.")
+]
+_Fresh = Annotated[bool, typer.Option("--fresh", help="Discard an earlier run in the folder.")]
+_Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print what is there at the end only.")]
+
+
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The run folder; a run in it is resumed.")],
-    model: Annotated[
-        str | None, typer.Option(help="A transformers folder, a hub id, or demo; replaces the recipe's.")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Discard an earlier run in the folder.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the table at the end only.")] = False,
+    recipe: _Recipe, output: _Output, model: _Model = None, fresh: _Fresh = False, quiet: _Quiet = False
 ) -> None:
     """Prune, quantize, recover, export and report, all in one run."""
+    console, reporter = _prepared(recipe, quiet)
+    from graphprune.pipeline.run import run as run_recipe
+    from graphprune.report.terminal import summary_table
+
+    command = _command("run", recipe, output, model)
+    report = run_recipe(recipe, output, reporter, model=model, fresh=fresh, command=command)
+    console.print()
+    console.print(summary_table(report))
+    for generation in report.generations:
+        text = f"\nThe ONNX model, after “{generation.prompt}”, wrote:\n{generation.compact.strip()}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    _say(console, f"\nThe report is {output / 'report.html'}")
+
+
+@app.command()
+def prune(
+    recipe: _Recipe, output: _Output, model: _Model = None, fresh: _Fresh = False, quiet: _Quiet = False
+) -> None:
+    """Do a run as far as the pruned model, which stock transformers opens."""
+    console, reporter = _prepared(recipe, quiet)
+    from graphprune.pipeline.run import run_until
+
+    measured = run_until("reload", recipe, output, reporter, model=model, fresh=fresh)
+    before, after = measured["parameters"], measured["parameters_after"]
+    _say(
+        console,
+        f"The pruned model is {output / 'model'}: {after:,} of {before:,} parameters, perplexity "
+        f"{measured['perplexity_dense']:.2f} → {measured['perplexity_pruned']:.2f}",
+    )
+    _say(console, f"Go on with: {_command('recover', recipe, output, model)}")
+
+
+@app.command()
+def recover(
+    recipe: _Recipe, output: _Output, model: _Model = None, fresh: _Fresh = False, quiet: _Quiet = False
+) -> None:
+    """Do a run as far as the recovered model, from where it stands."""
+    console, reporter = _prepared(recipe, quiet)
+    from graphprune.pipeline.run import run_until
+
+    measured = run_until("recover", recipe, output, reporter, model=model, fresh=fresh)
+    place = (
+        f"{output / 'recovered'}"
+        if (output / "recovered").is_dir()
+        else f"{output / 'quant'}, its adapters {output / 'adapter'}"
+    )
+    _say(
+        console,
+        f"The recovered model is {place}: perplexity {measured['perplexity_dense']:.2f} dense, "
+        f"{measured['perplexity_pruned']:.2f} pruned, {measured['perplexity_recovered']:.2f} recovered",
+    )
+    _say(console, f"Go on with: {_command('run', recipe, output, model)}")
+
+
+def _prepared(recipe: Path, quiet: bool) -> tuple[Console, Reporter]:
+    """Check the recipe, then have other libraries keep quiet, and return where to tell results and progress."""
     from graphprune.recipe import load_recipe
 
     load_recipe(recipe)  # a typing error is told at once, before torch is imported
@@ -94,21 +159,19 @@ def run(
 
     from graphprune.pipeline.progress import Reporter
     from graphprune.pipeline.quiet import quieten
-    from graphprune.pipeline.run import run as run_recipe
-    from graphprune.report.terminal import summary_table
 
     quieten()
     console = Console()
-    command = f"graphprune run {recipe} -o {output}" + (f" --model {model}" if model else "")
-    report = run_recipe(
-        recipe, output, Reporter(None if quiet else console), model=model, fresh=fresh, command=command
-    )
-    console.print()
-    console.print(summary_table(report))
-    for generation in report.generations:
-        text = f"\nThe ONNX model, after “{generation.prompt}”, wrote:\n{generation.compact.strip()}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"\nThe report is {output / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    return console, Reporter(None if quiet else console)
+
+
+def _command(name: str, recipe: Path, output: Path, model: str | None) -> str:
+    words = ["graphprune", name, str(recipe), "-o", str(output), *(["--model", model] if model else [])]
+    return shlex.join(words)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

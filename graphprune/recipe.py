@@ -119,10 +119,48 @@ class Quantize(_Section):
     )
 
 
-class Recover(_Section):
-    """Training of the adapters on the quantized base."""
+class RecoverySource(_Section):
+    """One of the texts that recovery mixes."""
 
-    steps: Steps = 60
+    name: str = Field(min_length=1)
+    path: str = Field(description="file (.txt, .jsonl, also .gz) or hub data set")
+    field: str = "text"
+    kind: Literal["text", "instruct"] = Field(
+        default="text",
+        description="instruct: after all text; of rows with prompt and response, responses count",
+    )
+    hold_out: Positive = Field(default=16, description="windows that are measured and never trained on")
+
+
+class Recover(_Section):
+    """Training of adapters after pruning, on a mix of texts that follows what the model has forgotten."""
+
+    base: Literal["quantized", "pruned"] = Field(
+        default="quantized",
+        description="pruned: before quantization, adapters are merged into the float model",
+    )
+    rank: Positive = Field(
+        default=16, description="of the adapters on a pruned base; on a quantized one: quantize's"
+    )
+    alpha: Positive = Field(default=32, description="likewise, numerator of their scale")
+    sources: tuple[RecoverySource, ...] = Field(default=(), description="none: data.train alone")
+    steps: Steps = Field(
+        default=60, description="at most, shared equally by phases (text, instruct) and rounds"
+    )
+    rounds: Positive = Field(
+        default=1, description="of each phase, at most; the mix is decided anew before each"
+    )
+    floor: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.5,
+        description="share of every batch that all sources share equally, whatever their degradation",
+    )
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=0.25,
+        description="nats per token by which a source is worse that gets e times as much of the rest",
+    )
+    least_improvement: Weight = Field(default=0.005, description="nats per token that count as one")
+    patience: Positive = Field(default=2, description="rounds without one after which a phase ends")
+    accumulate: Positive = Field(default=1, description="batches of a step")
     training: Training = Training(learning_rate=2e-4)
 
 

@@ -11,7 +11,9 @@ from typing import Any, get_args
 from graphprune.coupling.kinds import Kind
 from graphprune.errors import RecipeError
 from graphprune.prune.costs import check_cost
-from graphprune.recipe import Recipe
+from graphprune.recipe import Recipe, RecoverySource
+from graphprune.recover.course import check_course
+from graphprune.recover.sources import Source, open_text, split_sources, without
 from graphprune.saliency.registry import saliency_named
 from graphprune.source.model import ModelSource, find_model, load_config, load_tokenizer
 from graphprune.source.text import Windows, cut_windows, read_text
@@ -21,15 +23,16 @@ from quant.errors import QuantError
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The model's place, its tokenizer, and the two texts as windows.
+    """The model's place, its tokenizer, and all texts as windows.
 
     Attributes:
         recipe: All settings.
         source: Where the model is.
         config: The model's configuration.
         tokenizer: Its tokenizer.
-        train: Text to learn from.
+        train: Text to learn from, but for what recovery's sources hold out.
         evaluate: Text to judge by.
+        sources: What recovery learns from.
         fingerprint: Of the recipe and everything above: a run folder belongs to one of these.
     """
 
@@ -39,6 +42,7 @@ class Inputs:
     tokenizer: Any
     train: Windows
     evaluate: Windows
+    sources: tuple[Source, ...]
     fingerprint: str
 
 
@@ -51,7 +55,7 @@ def open_inputs(recipe: Recipe, base: Path) -> Inputs:
 
     Raises:
         SourceError: If the model or a text cannot be opened, or a text is too short for one window.
-        RecipeError: If a saliency or a format does not exist.
+        RecipeError: If a saliency or a format does not exist, texts overlap, or recovery has too few steps.
     """
     _check_names(recipe)
     data = recipe.data
@@ -67,11 +71,41 @@ def open_inputs(recipe: Recipe, base: Path) -> Inputs:
     evaluate = cut_windows(
         evaluate_text, tokenizer, window=data.evaluate_window, limit=data.evaluate_windows, name=data.evaluate
     )
+    sources, more_text = _open_sources(recipe, tokenizer, base, train, set(evaluate_text))
+    train = without(train, [source.held_out for source in sources if source.held_out is not None])
     digest = hashlib.sha256(recipe.digest.encode())
-    for part in (*train_text, *evaluate_text):
+    for part in (*train_text, *evaluate_text, *more_text):
         digest.update(part.encode())
     digest.update(_model_stamp(source).encode())
-    return Inputs(recipe, source, load_config(source), tokenizer, train, evaluate, digest.hexdigest())
+    return Inputs(
+        recipe, source, load_config(source), tokenizer, train, evaluate, sources, digest.hexdigest()
+    )
+
+
+def _open_sources(
+    recipe: Recipe, tokenizer: Any, base: Path, train: Windows, judged: set[str]
+) -> tuple[tuple[Source, ...], list[str]]:
+    """Open what recovery learns from; also return the documents that are not those of the training text."""
+    settings = recipe.recover
+    if settings.sources:
+        texts = [
+            open_text(entry, tokenizer, window=recipe.data.window, base=base) for entry in settings.sources
+        ]
+        for entry, text in zip(settings.sources, texts, strict=True):
+            if judged.intersection(text.documents):
+                raise RecipeError(
+                    f"source '{entry.name}' and '{recipe.data.evaluate}' share documents",
+                    "judge by text that was not learned from",
+                )
+        documents = [document for text in texts for document in text.documents]
+        sources = split_sources(settings.sources, [text.windows for text in texts], recipe.seed)
+    elif settings.rounds > 1:
+        entry = RecoverySource(name="train", path=recipe.data.train)
+        documents, sources = [], split_sources((entry,), (train,), recipe.seed)
+    else:
+        documents, sources = [], (Source("train", "text", train, None),)
+    check_course(settings, sources)
+    return sources, documents
 
 
 def _check_names(recipe: Recipe) -> None:

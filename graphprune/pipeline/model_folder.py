@@ -35,6 +35,20 @@ tags: [graphprune, pruned]
 Its licence is that of the model it was made from.
 """
 
+_RECOVERED_CARD = """---
+tags: [graphprune, pruned]
+---
+# {name}, pruned and recovered
+
+The pruned model beside this folder after its recovery: adapters were trained by graphprune {version} and merged.
+`graphprune.json` holds which units went.
+
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("recovered")
+
+Its licence is that of the model it was made from.
+"""
+
 
 def save_model(session: Session, model: Any, plan: Plan, surgery_error: float) -> None:
     """Write the smaller model as a transformers folder, after stock transformers has opened it again.
@@ -73,6 +87,26 @@ def save_model(session: Session, model: Any, plan: Plan, surgery_error: float) -
             kinds=", ".join(kinds),
             folder=folder.name,
         )
+        write_text(temporary / "README.md", card)
+
+
+def save_recovered(session: Session, model: Any) -> None:
+    """Write the recovered float model as a transformers folder beside the pruned one, whose widths it has.
+
+    Args:
+        session: The run.
+        model: With its adapters merged.
+
+    Raises:
+        ShrinkError: If the reopened model's logits are not the same, bit for bit.
+    """
+    with replacing(session.path("recovered")) as temporary:
+        model.save_pretrained(temporary)
+        session.inputs.tokenizer.save_pretrained(temporary)
+        _check_reload(model, temporary, session.examples)
+        record = session.path("model/graphprune.json").read_text(encoding="utf-8")
+        write_text(temporary / "graphprune.json", record)
+        card = _RECOVERED_CARD.format(name=session.inputs.source.name, version=__version__)
         write_text(temporary / "README.md", card)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from graphprune.errors import RunFolderError
 from graphprune.files import write_text
@@ -14,7 +16,7 @@ from graphprune.pipeline.measure import Stopwatch
 from graphprune.pipeline.progress import Reporter
 from graphprune.pipeline.session import Session
 from graphprune.pipeline.summary import report_stage
-from graphprune.recipe import dump_recipe, load_recipe
+from graphprune.recipe import Recipe, dump_recipe, load_recipe
 from graphprune.report.group_files import GROUP_FILES
 from graphprune.report.schema import Report, read_report
 
@@ -26,6 +28,12 @@ OUTPUTS = {
     "quantize": ("quant/quant.json", "quant/quant.safetensors"),
     "recover": ("quant/quant.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
     "export": ("onnx/model.onnx", "onnx/model.onnx.data", "onnx/genai_config.json"),
+}
+# Where adapters are trained on the float model, they are merged, and it is quantization that leaves adapters.
+OUTPUTS_ON_PRUNED = {
+    **OUTPUTS,
+    "recover": ("recovered/config.json", "recovered/model.safetensors"),
+    "quantize": OUTPUTS["recover"] + OUTPUTS["quantize"][1:],
 }
 
 STAGES: dict[str, Callable[[Session], str]] = {
@@ -66,6 +74,57 @@ def run(
     Raises:
         GraphPruneError: With what is wrong and what to do. Bad input is found before the folder is touched.
     """
+    with _opened(recipe_path, output, reporter, model, fresh) as session:
+        order = stage_order(session.recipe)
+        reused = _do_all(session, order)
+        report_stage(session, order, reused, command)
+    return read_report(output / "report.json")
+
+
+def run_until(
+    last: str,
+    recipe_path: Path,
+    output: Path,
+    reporter: Reporter,
+    *,
+    model: str | None = None,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe up to a stage; `run` on the same folder goes on from there.
+
+    Args:
+        last: Name of the stage.
+        recipe_path: The YAML file.
+        output: The run folder; a run of the same recipe and inputs in it is resumed.
+        reporter: Whom to tell.
+        model: Replaces the recipe's model.
+        fresh: Whether to discard an earlier run in `output`.
+
+    Returns:
+        What has been measured, by the manifest's names.
+
+    Raises:
+        GraphPruneError: With what is wrong and what to do. Bad input is found before the folder is touched.
+    """
+    with _opened(recipe_path, output, reporter, model, fresh) as session:
+        order = stage_order(session.recipe)
+        _do_all(session, order[: order.index(last) + 1])
+        return {**session.folder.manifest["measured"]}
+
+
+def stage_order(recipe: Recipe) -> list[str]:
+    """Return the names of the stages in the order in which a recipe has them done."""
+    order = list(STAGES)
+    if recipe.recover.base == "pruned":
+        order.remove("recover")
+        order.insert(order.index("quantize"), "recover")
+    return order
+
+
+@contextmanager
+def _opened(
+    recipe_path: Path, output: Path, reporter: Reporter, model: str | None, fresh: bool
+) -> Iterator[Session]:
     recipe = load_recipe(recipe_path, {"model.id": model} if model else None)
     reporter.say(f"recipe {recipe_path}, model {recipe.model.id}, into {output}")
     inputs = open_inputs(recipe, recipe_path.resolve().parent)
@@ -73,23 +132,32 @@ def run(
         write_text(folder / "recipe.input.yaml", recipe_path.read_text(encoding="utf-8"))
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
         with reporter.logging_to(folder / "log.txt"):
-            session = Session(inputs, folder, reporter)
-            _forget_lost(folder)
-            reused = [name for name in STAGES if folder.done(name)]
-            for name, stage in STAGES.items():
-                _do(name, stage, session)
-            missing = [name for name in STAGES if not folder.done(name)]
-            if missing:
-                raise RunFolderError(f"stages were left out: {', '.join(missing)}", "run again")
-            report_stage(session, list(STAGES), reused, command)
-    return read_report(output / "report.json")
+            _forget_lost(folder, recipe)
+            yield Session(inputs, folder, reporter)
 
 
-def _forget_lost(folder: RunFolder) -> None:
+def _do_all(session: Session, names: list[str]) -> list[str]:
+    """Do those of the stages that are not done yet; return the others."""
+    folder = session.folder
+    reused = [name for name in names if folder.done(name)]
+    for name in names:
+        _do(name, STAGES[name], session)
+    missing = [name for name in names if not folder.done(name)]
+    if missing:
+        raise RunFolderError(f"stages were left out: {', '.join(missing)}", "run again")
+    return reused
+
+
+def _outputs(recipe: Recipe, name: str) -> tuple[str, ...]:
+    outputs = OUTPUTS_ON_PRUNED if recipe.recover.base == "pruned" else OUTPUTS
+    return outputs.get(name, ())
+
+
+def _forget_lost(folder: RunFolder, recipe: Recipe) -> None:
     """Forget the stages from the first one on whose files are no longer there."""
-    names = list(STAGES)
+    names = stage_order(recipe)
     for position, name in enumerate(names):
-        if folder.done(name) and not all((folder / path).is_file() for path in OUTPUTS.get(name, ())):
+        if folder.done(name) and not all((folder / path).is_file() for path in _outputs(recipe, name)):
             folder.forget(names[position:])
             return
 
@@ -102,7 +170,7 @@ def _do(name: str, stage: Callable[[Session], str], session: Session) -> None:
         return
     with Stopwatch() as watch:
         note = stage(session)
-    missing = [path for path in OUTPUTS.get(name, ()) if not (folder / path).is_file()]
+    missing = [path for path in _outputs(session.recipe, name) if not (folder / path).is_file()]
     if missing:
         raise RunFolderError(f"stage '{name}' did not write {', '.join(missing)}", "please report it")
     folder.finish(name, StageRecord(watch.seconds, watch.peak_bytes, note))

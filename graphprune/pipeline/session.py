@@ -89,11 +89,17 @@ class Session:
         """Return the pruned float model, a fresh copy from the folder."""
         return load_model(self.small_source)
 
+    def unquantized(self) -> Any:
+        """Return the float model that is quantized: the pruned one, or the recovered one if that comes first."""
+        if self.recipe.recover.base == "quantized":
+            return self.pruned()
+        return load_model(ModelSource("recovered", str(self.folder / "recovered"), True))
+
     @property
     def quantized(self) -> Any:
         """The quantized model with adapters."""
         if self._quantized is None:
-            self._quantized = self.pruned()
+            self._quantized = self.unquantized()
             load_quantized_(self._quantized, self.folder / "quant")
             self._quantized.eval()
         return self._quantized

@@ -18,20 +18,21 @@ from graphprune.export.runtime import OnnxDecoder
 from graphprune.export.verify import verify_onnx
 from graphprune.export.write import export_onnx
 from graphprune.files import remove, replacing, size_of, write_json, write_text
-from graphprune.pipeline.model_folder import save_adapter, save_model
+from graphprune.pipeline.model_folder import save_adapter, save_model, save_recovered
 from graphprune.pipeline.session import Session
 from graphprune.prune.budget import Budget
 from graphprune.prune.precision import use_bfloat16
 from graphprune.prune.progressive import prune_progressively, unit_scores
 from graphprune.prune.target import recipe_budget, recipe_distribution
 from graphprune.prune.training import Row
-from graphprune.recover.recovery import recover
+from graphprune.recover.recovery import Recovered, recover
 from graphprune.report.distribution_picture import distribution_picture
 from graphprune.report.group_document import group_document
 from graphprune.report.group_files import write_groups
 from graphprune.shrink.config import fit_config
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
+from graphprune.source.adapters import attach_adapters
 from quant.apply import loftq_model
 from quant.config import LoftQConfig
 from quant.storage import save_quantized
@@ -180,7 +181,7 @@ def reload_stage(session: Session) -> str:
 def quantize_stage(session: Session) -> str:
     """LoftQ on every linear layer of the blocks."""
     settings = session.recipe.quantize
-    model = session.pruned()
+    model = session.unquantized()
     config = LoftQConfig(
         format=settings.format,
         block_size=settings.block_size,
@@ -206,6 +207,8 @@ def quantize_stage(session: Session) -> str:
     with replacing(session.path("quant")) as temporary:
         save_quantized(model, temporary)
     session.quantized = model
+    if session.recipe.recover.base == "pruned":
+        save_adapter(session, model)
     value = session.judge(model, "quantized")
     session.folder.remember(
         perplexity_quantized=value,
@@ -229,28 +232,51 @@ def quantize_stage(session: Session) -> str:
 
 
 def recover_stage(session: Session) -> str:
-    """Train the adapters on the quantized base."""
-    settings = session.recipe.recover
+    """Train adapters: on the quantized base, or on the pruned model, into which they are merged."""
+    settings, sources = session.recipe.recover, session.inputs.sources
     session.detach_adapters()
-    model = session.quantized
-    teacher = session.dense if settings.training.distill > 0 else None
+    on_pruned = settings.base == "pruned"
+    torch.manual_seed(session.recipe.seed)
+    model = (
+        attach_adapters(session.pruned(), settings.rank, settings.alpha) if on_pruned else session.quantized
+    )
+    is_measured = any(source.held_out is not None for source in sources)
     with session.reporter.task("recovery", settings.steps) as tick:
-        rows = recover(
+        recovered = recover(
             model,
-            teacher,
+            session.dense if is_measured or settings.training.distill > 0 else None,
             settings,
-            session.inputs.train,
+            sources,
             seed=session.recipe.seed + 1,
+            checkpoint=session.path("training/recovery"),
             progress=lambda row: tick(row["step"] + 1, f"loss {row['loss']:.3f}"),
         )
+    if on_pruned:
+        model = model.merge_and_unload()
     value = session.judge(model, "recovered")
-    # All at the end: a run killed before starts again from the adapters that LoftQ gave.
-    _write_metrics(session.path("training/metrics.jsonl"), "recover", rows)
-    with replacing(session.path("quant")) as temporary:
-        save_quantized(model, temporary)
-    save_adapter(session, model)
-    session.folder.remember(perplexity_recovered=value)
-    return f"{len(rows)} steps; perplexity {value:.2f}"
+    _write_metrics(session.path("training/metrics.jsonl"), "recover", recovered.rows)
+    if on_pruned:
+        save_recovered(session, model)
+    else:
+        with replacing(session.path("quant")) as temporary:
+            save_quantized(model, temporary)
+        save_adapter(session, model)
+    session.folder.remember(
+        perplexity_recovered=value,
+        recovered_steps=len(recovered.rows),
+        recovery=[{**row.row(), "kept": row is recovered.best} for row in recovered.rounds],
+    )
+    return f"{len(recovered.rows)} steps{_rounds(recovered)}; perplexity {value:.2f}"
+
+
+def _rounds(recovered: Recovered) -> str:
+    best = recovered.best
+    if best is None:
+        return ""
+    return (
+        f" in {sum(row.number > 0 for row in recovered.rounds)} rounds; the best is {best.phase} {best.number}: "
+        f"mean loss above the dense model's {recovered.rounds[0].mean:.3f} → {best.mean:.3f}"
+    )
 
 
 def export_stage(session: Session) -> str:
@@ -275,10 +301,11 @@ def export_stage(session: Session) -> str:
     with session.reporter.task("verification against torch"):
         verification = verify_onnx(path, session.quantized, windows)
     value = session.judge_logits(_onnx_logits(OnnxDecoder(path)), "ONNX")
-    recovered = session.folder.measured("perplexity_recovered")
-    if value > PERPLEXITY_FACTOR * recovered:
+    last = "quantized" if session.recipe.recover.base == "pruned" else "recovered"
+    reference = session.folder.measured(f"perplexity_{last}")
+    if value > PERPLEXITY_FACTOR * reference:
         raise VerificationError(
-            f"the ONNX model's perplexity is {value:.2f}, the torch model's {recovered:.2f}",
+            f"the ONNX model's perplexity is {value:.2f}, the torch model's {reference:.2f}",
             f"set export.weights to exact; the files are in {unverified}",
         )
     with replacing(session.path("onnx")) as temporary:

@@ -21,6 +21,7 @@ from graphprune.pipeline.session import Session
 from graphprune.report.group_page import main_picture
 from graphprune.report.page import write_report
 from graphprune.report.pictures import training_picture, widths_picture
+from graphprune.report.recovery_picture import recovery_picture
 from graphprune.report.schema import Report
 
 _PACKAGES = (
@@ -52,10 +53,15 @@ def report_stage(session: Session, order: list[str], reused: list[str], command:
         "groups": main_picture(document),
         "widths": widths_picture([width.model_dump() for width in report.widths]),
         "training": training_picture(metrics),
+        "recovery": recovery_picture(report.recovery),
     }
     machine = {**report.environment.model_dump(), "versions": report.versions}
     write_json(session.path("environment.json"), machine)
-    paths = {"widths": "graph/widths.svg", "training": "training/curves.svg"}
+    paths = {
+        "widths": "graph/widths.svg",
+        "training": "training/curves.svg",
+        "recovery": "training/recovery.svg",
+    }
     write_report(session.folder.path, report, pictures, paths)
 
 
@@ -111,6 +117,7 @@ def _report(
             )
         ],
         "layers_quantized": measured["layers"],
+        "recovery": measured["recovery"],
         "environment": environment(),
         "versions": versions(),
         "seed": recipe.seed,
@@ -172,13 +179,16 @@ def _folded(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _limits(session: Session) -> list[str]:
-    windows, recipe, train = session.inputs.evaluate, session.recipe, session.inputs.train
+    windows, recipe = session.inputs.evaluate, session.recipe
     prune, recover = recipe.prune, recipe.recover
     pruning = prune.warmup_steps + prune.periods * prune.period_steps + prune.settle_steps
-    seen = pruning * prune.training.batch_size + recover.steps * recover.training.batch_size
+    recovery = session.folder.measured("recovered_steps") * recover.accumulate
+    seen = pruning * prune.training.batch_size + recovery * recover.training.batch_size
+    texts = [session.inputs.train, *(source.train for source in session.inputs.sources if recover.sources)]
+    available = sum(map(len, texts))
     return [
         f"Perplexity is measured on {windows.tokens} tokens of one text; differences of a few per cent are noise.",
-        f"Training read {seen} windows of {recipe.data.window} tokens, of {len(train)} that there are, in "
+        f"Training read {seen} windows of {recipe.data.window} tokens, of {available} that there are, in "
         f"{session.folder.measured('training_dtype')}: a demonstration of the method, not of what it reaches with a "
         "real training budget.",
         "Speeds are those of this machine at batch 1, the best of two alternating rounds, with whatever else it did.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import TrainingError
+from graphprune.source.text import IGNORED, Batch
 
 Logits = Callable[[Tensor], Tensor]
 Row = dict[str, Any]
@@ -40,25 +41,32 @@ class Objective:
     distill: float
     autocast: bool
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Return the loss of a batch, a scalar."""
-        with _precision(self.autocast, ids):
-            predicted = self.student(ids)[:, :-1].flatten(0, 1).float().log_softmax(-1)
-        loss = nn.functional.nll_loss(predicted, ids[:, 1:].flatten())
+    def __call__(self, batch: Tensor | Batch) -> Tensor:
+        """Return the loss of a batch, a scalar: the mean over the tokens that are to be learned."""
+        ids, labels = (batch, batch) if isinstance(batch, Tensor) else (batch.ids, batch.labels)
+        targets = labels[:, 1:].flatten()
+        kept = None if isinstance(batch, Tensor) else targets != IGNORED
+        targets = targets if kept is None else targets[kept]
+        predicted = self._log_probabilities(self.student, ids, kept)
+        loss = nn.functional.nll_loss(predicted, targets)
         if self.teacher is None or self.distill == 0:
             return loss
         with torch.no_grad():
-            with _precision(self.autocast, ids):
-                wanted = self.teacher(ids)[:, :-1].flatten(0, 1).float().log_softmax(-1)
+            wanted = self._log_probabilities(self.teacher, ids, kept)
             probability = wanted.exp()
             entropy = -(probability * wanted).sum()
         divergence = -((probability * predicted).sum() + entropy) / len(predicted)
         return loss + self.distill * divergence
 
+    def _log_probabilities(self, logits: Logits, ids: Tensor, kept: Tensor | None) -> Tensor:
+        with _precision(self.autocast, ids):
+            rows = logits(ids)[:, :-1].flatten(0, 1)
+            return (rows if kept is None else rows[kept]).float().log_softmax(-1)
+
 
 def train(
-    batches: Iterator[Tensor],
-    objective: Objective,
+    batches: Iterator[Tensor | Batch],
+    objective: Callable[[Tensor | Batch], Tensor],
     optimizer: torch.optim.Optimizer,
     *,
     steps: int,
@@ -66,18 +74,27 @@ def train(
     trainable: list[nn.Parameter],
     observe: Callable[[], Row] | None = None,
     progress: Progress | None = None,
+    first: int = 0,
+    span: range | None = None,
+    accumulate: int = 1,
 ) -> list[Row]:
     """Train for a number of steps: linear warm-up, then a cosine to a tenth, gradients clipped at norm 1.
 
+    Under ``accelerate launch`` or torchrun, processes share the rows of every batch, and each step is the one that a
+    single process would take on all of them.
+
     Args:
-        batches: Token ids (batch, window), for ever.
+        batches: Token ids (batch, window), for ever; the same in every process.
         objective: What to minimise.
         optimizer: Its first parameter group is the one whose learning rate is scheduled.
-        steps: How many.
+        steps: How many the schedule has.
         warmup: Steps of the warm-up.
         trainable: Parameters whose gradients are clipped.
         observe: Further numbers for each step's metrics.
         progress: Told after each step.
+        first: Number of the schedule's first step, where others came before it.
+        span: Which of the steps to take now; None for all.
+        accumulate: Batches of a step; their tokens count alike.
 
     Returns:
         One row of metrics a step: ``step``, ``loss``, ``learning_rate`` and what `observe` adds.
@@ -85,23 +102,22 @@ def train(
     Raises:
         TrainingError: As soon as the loss is not finite.
     """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
     base = optimizer.param_groups[0]["lr"]
     rows: list[Row] = []
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = base * _rate(step, steps, warmup)
+    for step in range(first, first + steps) if span is None else span:
+        optimizer.param_groups[0]["lr"] = base * _rate(step - first, steps, warmup)
         optimizer.zero_grad(set_to_none=True)
-        loss = objective(next(batches))
-        if not bool(loss.isfinite()):
-            raise TrainingError(
-                f"the loss became {float(loss.detach())} at step {step}",
-                "lower the learning rate, or train in float32",
-            )
-        loss.backward()
+        parts = [next(batches) for _ in range(accumulate)]
+        loss = _backward(parts, objective, accelerator, step)
+        _sum_gradients(trainable, accelerator)
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         row: Row = {
             "step": step,
-            "loss": float(loss.detach()),
+            "loss": loss,
             "learning_rate": optimizer.param_groups[0]["lr"],
         }
         rows.append({**row, **(observe() if observe else {})})
@@ -109,6 +125,48 @@ def train(
             progress(rows[-1])
     optimizer.param_groups[0]["lr"] = base
     return rows
+
+
+def _backward(
+    parts: Sequence[Tensor | Batch],
+    objective: Callable[[Tensor | Batch], Tensor],
+    accelerator: Any,
+    step: int,
+) -> float:
+    """Add up this process's share of the gradient of the mean over all parts' tokens; return that mean."""
+    total = sum(map(_tokens, parts))
+    mean = 0.0
+    for part in parts:
+        mine = part[accelerator.process_index :: accelerator.num_processes]
+        if not len(mine):
+            raise TrainingError(
+                f"a batch of {len(part)} windows cannot be shared by {accelerator.num_processes} processes",
+                "raise training.batch_size, or start fewer processes",
+            )
+        loss = objective(mine) * (_tokens(mine) / total)
+        value = float(accelerator.reduce(loss.detach(), "sum"))
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss became {value} at step {step}", "lower the learning rate, or train in float32"
+            )
+        accelerator.backward(loss)
+        mean += value
+    return mean
+
+
+def _sum_gradients(trainable: Sequence[nn.Parameter], accelerator: Any) -> None:
+    """Sum the gradients of all processes: of adapters these are few, so one exchange a step is enough."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable]
+    summed = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+    sizes = [gradient.numel() for gradient in gradients]
+    for parameter, part in zip(trainable, summed.split(sizes), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def _tokens(batch: Tensor | Batch) -> int:
+    return batch[:, 1:].numel() if isinstance(batch, Tensor) else batch.counted
 
 
 def logits_of(model: nn.Module) -> Logits:

@@ -15,7 +15,7 @@ from graphprune.report import formatting, summary
 from graphprune.report.schema import GroupSummary, Report, write_report_json
 from graphprune.report.yaml_text import as_yaml
 
-_SHOWN_IN_PLACE = ("groups", "widths", "training")
+_SHOWN_IN_PLACE = ("groups", "widths", "training", "recovery")
 
 
 def render_report(report: Report, pictures: Mapping[str, str]) -> str:
@@ -24,7 +24,7 @@ def render_report(report: Report, pictures: Mapping[str, str]) -> str:
     Args:
         report: What is shown. All of its texts are escaped: names and generations are data, not markup.
         pictures: SVG by name, from `graphprune.report.pictures`; an empty one is left out. ``groups``,
-            ``widths`` and ``training`` stand beside their tables, others at the end.
+            ``widths``, ``training`` and ``recovery`` stand beside their tables, others at the end.
     """
     drawn = {name: svg[svg.index("<svg") :] for name, svg in pictures.items() if svg}
     return template("report.html.j2").render(
@@ -92,12 +92,17 @@ def _environment() -> Environment:
 
 
 def _perplexities(report: Report) -> list[tuple[str, float]]:
+    """Return the perplexities in the order in which the run came by them."""
     perplexity = report.perplexity
+    between = {
+        "quantize": ("after quantization", perplexity.quantized),
+        "recover": ("after recovery", perplexity.recovered),
+    }
+    done = [stage.name for stage in report.stages if stage.name in between]
     return [
         ("dense model", perplexity.dense),
         ("after pruning", perplexity.pruned),
-        ("after quantization", perplexity.quantized),
-        ("after recovery", perplexity.recovered),
+        *(between[name] for name in dict.fromkeys([*done, *between])),
         ("ONNX in onnxruntime", perplexity.onnx),
     ]
 

@@ -170,6 +170,22 @@ class QuantizedLayer(Entry):
     error_after: AtLeastZero
 
 
+class RecoveryRound(Entry):
+    """Where recovery stood after a round; number 0 is the model as the phase found it.
+
+    `mix` is the share of each source that the round trained on, `losses` are on held-out windows in nats per token,
+    and `degradation` is the same above the dense model's. `kept` says whether these adapters remained.
+    """
+
+    phase: str
+    number: Count
+    step: Count
+    mix: dict[str, Share]
+    losses: dict[str, float]
+    degradation: dict[str, float]
+    kept: StrictBool
+
+
 class Environment(Entry):
     """The machine."""
 
@@ -183,8 +199,8 @@ class Environment(Entry):
 class Report(Entry):
     """All that ``report.json`` holds and ``report.html`` shows.
 
-    `versions` maps a package to its version, `created` is an ISO 8601 time, and `limits` is what the reader must
-    know before relying on the numbers.
+    `versions` maps a package to its version, `created` is an ISO 8601 time, `recovery` is empty where nothing was held
+    out to measure rounds on, and `limits` is what the reader must know before relying on the numbers.
     """
 
     schema_name: Literal["graphprune.report/1"] = Field(default=SCHEMA, alias="schema")
@@ -200,6 +216,7 @@ class Report(Entry):
     widths: tuple[Width, ...]
     generations: tuple[Generation, ...]
     layers_quantized: tuple[QuantizedLayer, ...]
+    recovery: tuple[RecoveryRound, ...] = ()
     environment: Environment
     versions: dict[str, str]
     seed: int

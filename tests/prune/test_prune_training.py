@@ -9,6 +9,7 @@ from graphprune.errors import TrainingError
 from graphprune.prune.precision import frozen_in_bfloat16, use_bfloat16
 from graphprune.prune.training import Objective, logits_of, train
 from graphprune.recipe import Training
+from graphprune.source.text import IGNORED, Batch
 
 
 def test_training_stops_at_the_first_loss_that_is_not_finite():
@@ -47,6 +48,61 @@ def test_distillation_is_the_divergence_from_the_teacher():
     p, q = (t[:, :-1].double().softmax(-1) for t in (teacher, student))
     divergence = (p * (p / q).log()).sum(-1).mean()
     assert float(total - plain) == pytest.approx(0.7 * float(divergence), rel=1e-5)
+
+
+def test_only_labelled_tokens_count():
+    """In loss and distillation: against both on the labelled positions alone, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))
+    ids = torch.randint(0, 7, (2, 5), generator=generator)
+    labels = torch.full((2, 5), IGNORED)
+    labels[0, 3:], labels[1, 1] = ids[0, 3:], ids[1, 1]
+    total = Objective(lambda _: student, lambda _: teacher, 0.7, False)(Batch(ids, labels))
+    expected = 0.0
+    for row, place in ((0, 3), (0, 4), (1, 1)):
+        p, q = (t[row, place - 1].double().softmax(-1) for t in (teacher, student))
+        expected += float(-q[ids[row, place]].log() + 0.7 * (p * (p / q).log()).sum()) / 3
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_of_one_step_count_by_their_tokens():
+    """Two small batches make the step of the whole, though they hold different numbers of learned tokens."""
+    table = torch.randn(7, 7, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 7, (4, 6), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:2, 2:] = IGNORED
+
+    def stepped(parts, accumulate):
+        parameter = nn.Parameter(table.clone())
+        rows = train(
+            iter(parts), Objective(lambda batch: parameter[batch], None, 0.0, False),
+            torch.optim.SGD([parameter], lr=1.0),
+            steps=1, warmup=0, trainable=[parameter], accumulate=accumulate,
+        )  # fmt: skip
+        return parameter.detach(), rows[0]["loss"]
+
+    whole, loss = stepped([Batch(ids, labels)], 1)
+    halves, summed = stepped([Batch(ids[:2], labels[:2]), Batch(ids[2:], labels[2:])], 2)
+    torch.testing.assert_close(halves, whole)
+    assert summed == pytest.approx(loss)
+    assert not torch.equal(whole, table)
+
+
+def test_a_part_of_a_schedule_goes_on_where_the_one_before_ended():
+    def rates(*spans):
+        parameter = nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        return [
+            (row["step"], row["learning_rate"])
+            for span in spans
+            for row in train(
+                iter([IDS] * 10), lambda ids: (parameter**2).sum(), optimizer,
+                steps=10, warmup=2, trainable=[parameter], first=5, span=span,
+            )
+        ]  # fmt: skip
+
+    assert rates(range(5, 8), range(8, 15)) == rates(None)
+    assert [step for step, _ in rates(None)] == list(range(5, 15))
 
 
 def test_the_precision_follows_the_models_device_not_what_else_the_machine_has(monkeypatch):
