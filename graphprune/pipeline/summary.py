@@ -185,7 +185,7 @@ def _limits(session: Session) -> list[str]:
     recovery = session.folder.measured("recovered_steps") * recover.accumulate
     seen = pruning * prune.training.batch_size + recovery * recover.training.batch_size
     texts = [session.inputs.train, *(source.train for source in session.inputs.sources if recover.sources)]
-    available = sum(map(len, texts))
+    available = len({row.tobytes() for text in texts for row in text.ids.numpy()})
     return [
         f"Perplexity is measured on {windows.tokens} tokens of one text; differences of a few per cent are noise.",
         f"Training read {seen} windows of {recipe.data.window} tokens, of {available} that there are, in "

@@ -185,6 +185,15 @@ class RecoveryRound(Entry):
     degradation: dict[str, float]
     kept: StrictBool
 
+    @model_validator(mode="after")
+    def _sources_are_measured(self) -> Self:
+        unmatched = sorted(
+            (self.losses.keys() ^ self.degradation.keys()) | (self.mix.keys() - self.losses.keys())
+        )
+        if unmatched:
+            raise ValueError(f"sources without all of their numbers: {', '.join(unmatched)}")
+        return self
+
 
 class Environment(Entry):
     """The machine."""
@@ -216,7 +225,7 @@ class Report(Entry):
     widths: tuple[Width, ...]
     generations: tuple[Generation, ...]
     layers_quantized: tuple[QuantizedLayer, ...]
-    recovery: tuple[RecoveryRound, ...] = ()
+    recovery: tuple[RecoveryRound, ...]
     environment: Environment
     versions: dict[str, str]
     seed: int

@@ -26,9 +26,10 @@ def test_importing_loads_nothing_heavy(statement):
 
 def test_help_names_the_command_and_its_options():
     text = graphprune("--help", check=True).stdout
-    assert "run" in text
-    text = graphprune("run", "--help", check=True).stdout
-    assert all(option in text for option in ("--output", "--model", "--fresh"))
+    assert all(command in text for command in ("inspect", "prune", "recover", "run"))
+    for command in ("prune", "recover", "run"):
+        text = graphprune(command, "--help", check=True).stdout
+        assert all(option in text for option in ("--output", "--model", "--fresh", "--quiet"))
 
 
 def test_public_names_are_callable_in_whatever_order_they_are_imported():
@@ -61,6 +62,9 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
     ("arguments", "code", "message"),
     [
         (("run", "none.yaml", "-o", "RUN"), 2, "cannot read the recipe none.yaml"),
+        (("prune", "none.yaml", "-o", "RUN"), 2, "cannot read the recipe none.yaml"),
+        (("recover", "none.yaml", "-o", "RUN"), 2, "cannot read the recipe none.yaml"),
+        (("recover", "none.yaml"), 2, "Missing option '-o'"),
         (("run",), 2, "Missing argument"),
         (("rnu",), 2, "No such command"),
     ],
