@@ -141,7 +141,7 @@ class Course:
                     raise TrainingError(
                         f"after step {len(self._state.rows)}, the loss on '{source.name}' is "
                         f"{losses[source.name]}",
-                        "lower the learning rate, or train in float32",
+                        "lower the learning rate, train in float32, or check the dense model's weights",
                     )
         return losses
 

@@ -89,7 +89,7 @@ def test_batches_of_one_step_count_by_their_tokens():
 
 
 def test_a_part_of_a_schedule_goes_on_where_the_one_before_ended():
-    def rates(*spans):
+    def rates(*spans, first=5):
         parameter = nn.Parameter(torch.ones(1))
         optimizer = torch.optim.SGD([parameter], lr=1.0)
         return [
@@ -97,12 +97,12 @@ def test_a_part_of_a_schedule_goes_on_where_the_one_before_ended():
             for span in spans
             for row in train(
                 iter([IDS] * 10), lambda ids: (parameter**2).sum(), optimizer,
-                steps=10, warmup=2, trainable=[parameter], first=5, span=span,
+                steps=10, warmup=2, trainable=[parameter], first=first, span=span,
             )
         ]  # fmt: skip
 
     assert rates(range(5, 8), range(8, 15)) == rates(None)
-    assert [step for step, _ in rates(None)] == list(range(5, 15))
+    assert [(step + 5, rate) for step, rate in rates(None, first=0)] == rates(None)
 
 
 def test_the_precision_follows_the_models_device_not_what_else_the_machine_has(monkeypatch):

@@ -183,6 +183,8 @@ def test_what_remains_is_never_worse_than_what_was(quantized, dense, misled):
     means = [row.mean for row in recovered.rounds]
     assert recovered.best.mean == min(means) <= means[0]
     assert equal(adapters_of(quantized), start) == (recovered.best.step == 0) == misled
+    first, second = recovered.rounds[:4], recovered.rounds[4:]
+    assert second[0].degradation == min(first, key=lambda row: row.mean).degradation
     again = recover(quantized, dense, chosen.model_copy(update={"steps": 0}), mixed, seed=0)
     assert again.rounds[0].degradation == recovered.best.degradation
 
@@ -303,6 +305,14 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_checkpoint(
     assert (state["number"], len(state["rows"])) == (1, 4)
     resumed = recover(quantized, dense, chosen, mixed, seed=0, checkpoint=tmp_path)
     assert resumed == recover(untouched, dense, chosen, mixed, seed=0)
+
+
+def test_a_measure_that_is_not_finite_is_no_measure(quantized, dense):
+    broken = copy.deepcopy(dense)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="after step 0, the loss on 's0' is nan"):
+        recover(quantized, broken, settings(training={"distill": 0.0}), sources("text"), seed=0)
 
 
 def test_rounds_without_steps_or_without_anything_held_out_are_refused(quantized, dense, windows):
