@@ -1,13 +1,13 @@
-"""Pruning methods side by side: perplexity, distance from the dense model, zero-shot accuracy, before and after recovery.
+"""Pruning methods side by side: perplexity, distance from the dense model, accuracies; without and with recovery.
 
     python examples/benchmarks/pruning.py --output runs/pruning.jsonl
     python examples/benchmarks/pruning.py --only "LHSPG" --remove 0.2 --seeds 0 1 2 --questions 100
 
-Every method removes the same share of the model's parameters, and every row after recovery has seen the same number of
-tokens: what a method trains while it prunes is taken off its recovery. The dense model with the same recovery is a row.
-Calibration and training on Wikipedia articles and C4; judged on WikiText-2 (raw test split, windows of 1,024 tokens from
-its start) and on C4 documents that nothing is learned from. KL is that of the dense model's next-token distribution
-from the pruned one's, on the latter. Each finished row is appended to the output, and a second run goes on behind it.
+Every method removes the same share of the parameters, and every row with recovery has seen as many tokens: what a
+method trains while it prunes is taken off its recovery. The dense model with the same recovery is a row. Calibration
+and training on Wikipedia articles and C4; judged on WikiText-2 (raw test split, windows of 1,024 tokens from its start)
+and on C4 documents that nothing is learned from. KL is that of the dense model's next-token distribution from the
+pruned one's, on the latter. Each finished row is appended to the output, and a second run goes on behind it.
 """
 
 from __future__ import annotations

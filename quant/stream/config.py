@@ -31,8 +31,8 @@ class StreamConfig(LoftQConfig):
     Attributes:
         exclude: Regular expressions; a matrix with such a name is copied as it is. By default those that are
             no linear layers of a block.
-        stacked: Regular expressions, or a single one; a tensor of three dimensions with such a name is a stack of matrices,
-            each quantized by itself under the name of the stack and its index.
+        stacked: Regular expressions, or a single one; a tensor of three dimensions with such a name is a stack of
+            matrices, each quantized by itself under the name of the stack and its index.
         shard_bytes: Most bytes of a file written; a single larger tensor gets a file of its own.
         peft_adapters: Whether the adapters are also written in PEFT's layout, to the folder `adapters`.
 
