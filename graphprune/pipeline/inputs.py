@@ -11,6 +11,7 @@ from typing import Any, get_args
 from graphprune.coupling.kinds import Kind
 from graphprune.errors import RecipeError
 from graphprune.prune.costs import check_cost
+from graphprune.prune.methods.registry import method_named
 from graphprune.recipe import Recipe
 from graphprune.saliency.registry import saliency_named
 from graphprune.source.model import ModelSource, find_model, load_config, load_tokenizer
@@ -75,6 +76,7 @@ def open_inputs(recipe: Recipe, base: Path) -> Inputs:
 
 
 def _check_names(recipe: Recipe) -> None:
+    method_named(recipe.prune.method)
     saliency_named(recipe.prune.saliency)
     check_cost(recipe.prune.budget)
     for kind in recipe.prune.kinds:

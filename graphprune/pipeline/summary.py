@@ -174,7 +174,7 @@ def _folded(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _limits(session: Session) -> list[str]:
     windows, recipe, train = session.inputs.evaluate, session.recipe, session.inputs.train
     prune, recover = recipe.prune, recipe.recover
-    pruning = prune.warmup_steps + prune.periods * prune.period_steps + prune.settle_steps
+    pruning = session.folder.measured("pruning_steps")
     seen = pruning * prune.training.batch_size + recover.steps * recover.training.batch_size
     return [
         f"Perplexity is measured on {windows.tokens} tokens of one text; differences of a few per cent are noise.",

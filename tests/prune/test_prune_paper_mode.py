@@ -152,7 +152,9 @@ def test_moments_may_be_kept():
         mode="paper", paper=gp.PaperChoices(forget=False), warmup_steps=0, periods=1, period_steps=1
     )
     bench.steps(1)
-    assert all(update.b in bench.optimizer.state for update in adapted_weights(bench.model, bench.groups.graph))
+    assert all(
+        update.b in bench.optimizer.state for update in adapted_weights(bench.model, bench.groups.graph)
+    )
 
 
 @pytest.mark.parametrize("rows_at_a_time", [5, 1024])
