@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -27,9 +27,6 @@ class LoRAPrune(torch.optim.AdamW):
     masked stays masked. Masks are gates of zero on the units' contributions; heads that share keys and values are one
     unit, since they are one in the node groups. Once all are gone nothing is scored any more.
 
-    Layers are exempt by not being in `units`. The released program exempts the first tenth of the layers and the last
-    one, which leaves layers of different widths.
-
     A step at a learning rate of zero changes nothing and does not count. With nothing to remove this is AdamW.
 
     Source: Zhang et al. 2024, "LoRAPrune" (arXiv 2305.18403).
@@ -41,6 +38,8 @@ class LoRAPrune(torch.optim.AdamW):
         remove: The share of parameters to remove, 0 to 1: the same share of each kind, as in the paper.
         units: How many units each group loses by the end, in the place of `remove`.
         width_multiple: With `remove`: kept units are a multiple of this, by kind.
+        exempt: Groups that stay whole. The released program exempts those of the first tenth of the layers and of the
+            last one, which leaves layers of different widths; none are by default, so that all have the same.
         released: Whether importance is that of the released program; see `saliency.loraprune.importance`.
         memory: Share of the old importance that a step keeps.
         betas: AdamW's.
@@ -62,6 +61,7 @@ class LoRAPrune(torch.optim.AdamW):
         remove: float = 0.2,
         units: Mapping[str, int] | None = None,
         width_multiple: Mapping[str, int] | None = None,
+        exempt: Collection[str] = (),
         released: bool = False,
         memory: float = 0.9,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -69,6 +69,7 @@ class LoRAPrune(torch.optim.AdamW):
         weight_decay: float = 0.0,
         on_removal: Callable[[], None] | None = None,
     ) -> None:
+        params = replace(params, prunable=tuple(g for g in params.prunable if g.name not in exempt))
         self._units = params.possible(units if units is not None else params.units(remove, width_multiple))
         super().__init__(list(params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._schedule, self._released, self._memory = schedule, released, memory

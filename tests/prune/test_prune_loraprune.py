@@ -214,13 +214,22 @@ def test_a_gradient_that_is_no_number_changes_nothing():
     assert bench.optimizer.counts["zeroed"] == 0
 
 
-def test_groups_that_are_left_out_are_exempt():
-    groups = llama_groups()
-    second = {name: count for name, count in units_of(groups).items() if "layers.1" in name}
-    assert 0 < len(second) < len(units_of(groups))
-    bench = LoRABench(units=second)
-    bench.steps(20)
-    assert set(bench.optimizer.plan) == set(second)
+def test_exempt_groups_stay_whole_and_the_others_make_up_for_them():
+    first = [name for name in units_of(llama_groups()) if "layers.0" in name]
+    plans = []
+    for exempt in ((), first):
+        bench = LoRABench(units=None, remove=0.2, width_multiple={"ffn": 4}, exempt=exempt)
+        bench.steps(20)
+        plans.append(bench.optimizer.plan)
+    assert set(first) & set(plans[0])
+    assert not set(first) & set(plans[1])
+    removed = [
+        sum(len(units) * llama_groups()[name].parameters_per_unit for name, units in plan.items())
+        for plan in plans
+    ]
+    assert abs(removed[0] - removed[1]) < 0.25 * removed[0]
+    with pytest.raises(TrainingError, match="not among the groups that may lose units"):
+        LoRABench(exempt=first)
 
 
 def test_a_share_of_parameters_takes_the_same_share_of_each_kind():

@@ -11,9 +11,13 @@ from lhspg_bench import adapted_llama, llama_groups
 import graphprune as gp
 from graphprune.errors import RecipeError, TrainingError
 from graphprune.prune.budget import Budget
+from graphprune.prune.cubic_schedule import CubicSchedule
+from graphprune.prune.methods import lhspg, loraprune
 from graphprune.prune.methods.registry import Task, finished, method_named
+from graphprune.prune.methods.training import unpruned
 from graphprune.prune.target import recipe_budget
 from graphprune.recipe import Prune
+from graphprune.saliency.gates import Gates
 from graphprune.shrink.plan import Plan
 from graphprune.source.model import example_inputs
 from graphprune.source.text import Windows
@@ -24,6 +28,9 @@ SETTINGS = {
     "calibration_windows": 4,
     "training": {"batch_size": 2, "precision": "float32", "learning_rate": 1e-3},
 }
+
+
+SHORT = {"warmup_steps": 1, "periods": 2, "period_steps": 2, "settle_steps": 1}
 
 
 def announced(title, steps):
@@ -91,7 +98,7 @@ def test_repairs_bring_the_model_nearer_to_what_it_was():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "lhspg", "warmup_steps": 1, "periods": 2, "period_steps": 2, "settle_steps": 1},
+        {"method": "lhspg", **SHORT},
         {"method": "lhspg", "mode": "paper", "warmup_steps": 1, "periods": 1, "period_steps": 2},
         {"method": "loraprune", "loraprune": {"steps": 6, "every": 2}},
     ],
@@ -111,10 +118,11 @@ def test_methods_that_train_end_in_the_budgets_counts(settings):
         )
 
 
-def test_gates_go_in_training_with_what_stands_in_for_them():
+@pytest.mark.parametrize("method", ["lhspg", "loraprune"])
+def test_gates_go_in_training_with_what_stands_in_for_them(method):
     """At the end every removed unit is predicted by the others: the last removal was repaired too."""
-    given = task(method="loraprune", loraprune={"steps": 6, "every": 2})
-    pruned = method_named("loraprune")(given)
+    given = task(method=method, loraprune={"steps": 6, "every": 2}, **SHORT)
+    pruned = method_named(method)(given)
     known = pruned.repair._done
     assert sum(int(mask.sum()) for mask in known.values()) == sum(
         len(units) * (1 if given.groups[name].kind == "ffn" else 16) for name, units in pruned.plan.items()
@@ -140,6 +148,62 @@ def test_paper_mode_computes_in_bfloat16_and_keeps_what_it_wrote():
                 for unit in units:
                     rows = torch.from_numpy(group.indices(member, unit))
                     assert not weight.detach().index_select(member.axis, rows).any()
+
+
+def test_paper_mode_chooses_units_by_its_own_saliency():
+    plans = [
+        method_named("lhspg")(task(mode="paper", saliency=saliency, kinds=["ffn"], **SHORT)).plan
+        for saliency in ("random", "magnitude")
+    ]
+    assert plans[0] == plans[1]
+
+
+def test_the_teacher_is_the_model_as_it_was():
+    """Whatever gates and adapters are now."""
+    given = task()
+    with torch.no_grad():
+        dense = given.model(input_ids=IDS).logits
+        gates = Gates(given.model, given.groups, [n for n, g in given.groups.items() if g.kind == "ffn"])
+        for value in [*gates.values.values(), *(p for p in given.model.parameters() if p.requires_grad)]:
+            value.uniform_()
+        assert not torch.allclose(given.model(input_ids=IDS).logits, dense, atol=0.1)
+        torch.testing.assert_close(unpruned(given.model, gates)(IDS), dense)
+    gates.close()
+
+
+def arguments_of(monkeypatch, module, name, given) -> dict:
+    """Return what a method gives its optimizer."""
+
+    class Seen(Exception):
+        pass
+
+    def look(params, **options):
+        raise Seen(options)
+
+    monkeypatch.setattr(module, name, look)
+    with pytest.raises(Seen) as caught:
+        method_named(given.settings.method)(given)
+    return caught.value.args[0]
+
+
+def test_the_recipe_reaches_loraprune(monkeypatch):
+    own = {"steps": 7, "warmup": 0.2, "cooldown": 0.3, "every": 4, "memory": 0.5, "importance": "released"}
+    found = arguments_of(monkeypatch, loraprune, "LoRAPrune", task(method="loraprune", loraprune=own))
+    assert found["schedule"] == CubicSchedule(7, 0.2, 0.3, 4)
+    assert (found["released"], found["memory"], found["lr"]) == (True, 0.5, 1e-3)
+    plain = arguments_of(monkeypatch, loraprune, "LoRAPrune", task(method="loraprune"))
+    assert (plain["released"], plain["memory"]) == (False, 0.9)
+    assert plain["schedule"] == CubicSchedule(300, 0.1, 0.1, 10)
+
+
+def test_the_recipe_reaches_paper_mode(monkeypatch):
+    given = task(
+        mode="paper", half_space=0.3, paper={"saliency": "cosine", "gamma": 0.5, "forget": False}, **SHORT
+    )
+    found = arguments_of(monkeypatch, lhspg, "LHSPG", given)
+    assert found["mode"] == "paper"
+    assert found["paper"] == gp.PaperChoices(saliency="cosine", gamma=0.5, forget=False)
+    assert (found["half_space"], found["warmup_steps"], found["period_steps"]) == (0.3, 1, 2)
 
 
 def test_loraprune_shares_alike_unless_a_distribution_decides():
