@@ -130,13 +130,15 @@ def predict(fitted: Tensor, held: Tensor, gone: Tensor) -> Prediction:
     """
     gone = gone.to(fitted.device)
     out, stay = torch.nonzero(gone).flatten(), torch.nonzero(~gone).flatten()
+    to_fit, to_judge = _Blocks.of(fitted, out, stay), _Blocks.of(held, out, stay)
     errors: dict[float, float] = {}
     for ridge in RIDGES:
-        coefficients = _coefficients(fitted, out, stay, ridge)
+        coefficients = to_fit.coefficients(ridge)
         if coefficients is not None:
-            errors[ridge] = _error(held, out, stay, coefficients)
+            errors[ridge] = to_judge.error(coefficients)
+    whole = _Blocks.of(fitted + held, out, stay)
     for ridge in sorted(errors, key=errors.__getitem__):
-        coefficients = _coefficients(fitted + held, out, stay, ridge)
+        coefficients = whole.coefficients(ridge)
         if coefficients is not None:
             return Prediction(out, stay, coefficients.contiguous())
     raise TrainingError(
@@ -145,16 +147,27 @@ def predict(fitted: Tensor, held: Tensor, gone: Tensor) -> Prediction:
     )
 
 
-def _coefficients(moment: Tensor, out: Tensor, stay: Tensor, ridge: float) -> Tensor | None:
-    """Return C, (gone, kept); None where rounding leaves the moments of x_k without a Cholesky factor."""
-    inner = moment[stay][:, stay]
-    inner.diagonal().add_(ridge * inner.diagonal().mean().clamp_min(1e-12))
-    factor, failed = torch.linalg.cholesky_ex(inner)
-    return None if int(failed) else torch.cholesky_solve(moment[stay][:, out], factor).T
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Blocks of a second moment: of x_k with itself (kept, kept), x_r with x_k (gone, kept), and ‖x_r‖² (gone,)."""
 
+    inner: Tensor
+    cross: Tensor
+    squares: Tensor
 
-def _error(moment: Tensor, out: Tensor, stay: Tensor, coefficients: Tensor) -> float:
-    """Return the sum of ‖x_r − C x_k‖² over the tokens of a second moment."""
-    cross, inner = moment[out][:, stay], moment[stay][:, stay]
-    explained = (coefficients * (2 * cross - coefficients @ inner)).sum()
-    return float(moment.diagonal()[out].sum() - explained)
+    @classmethod
+    def of(cls, moment: Tensor, out: Tensor, stay: Tensor) -> _Blocks:
+        return cls(moment[stay][:, stay], moment[out][:, stay], moment.diagonal()[out])
+
+    def coefficients(self, ridge: float) -> Tensor | None:
+        """Return C, (gone, kept); None where rounding leaves the moments of x_k without a Cholesky factor."""
+        scale = self.inner.diagonal().mean().clamp_min(1e-12)
+        shifted = self.inner.clone()
+        shifted.diagonal().add_(ridge * scale)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        return None if int(failed) else torch.cholesky_solve(self.cross.T, factor).T
+
+    def error(self, coefficients: Tensor) -> float:
+        """Return the sum of ‖x_r − C x_k‖² over tokens."""
+        explained = (coefficients * (2 * self.cross - coefficients @ self.inner)).sum()
+        return float(self.squares.sum() - explained)
