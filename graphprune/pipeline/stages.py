@@ -22,7 +22,7 @@ from graphprune.files import remove, replacing, size_of, write_json, write_text
 from graphprune.pipeline.model_folder import save_adapter, save_model
 from graphprune.pipeline.session import Session
 from graphprune.prune.budget import Budget, targets
-from graphprune.prune.methods.registry import Task, method_named
+from graphprune.prune.methods.registry import Pruned, Task, method_named
 from graphprune.prune.precision import use_bfloat16
 from graphprune.prune.target import recipe_budget, recipe_distribution
 from graphprune.prune.training import Row
@@ -94,17 +94,7 @@ def prune_stage(session: Session) -> str:
     )
     pruned = method_named(settings.method)(task)
     _write_metrics(session.path("training/metrics.jsonl"), "prune", pruned.metrics)
-    small: Any = pruned.cut(lambda: shrink(model, groups, pruned.plan, session.examples, form="module"))
-    small = small.merge_and_unload()
-    with torch.no_grad():
-        distance = _distance(small(**session.examples).logits, pruned.masked_logits)
-    if not distance <= SURGERY_TOLERANCE:
-        raise ShrinkError(
-            f"the smaller model's logits are off by {distance:.1e} of the masked model's",
-            "please report this model",
-        )
-    config = allow_biases(session.inputs.config, small)
-    small.config = fit_config(config, small, groups, pruned.plan)
+    small, distance = _cut(session, pruned)
     budget = pruned.budget
     pruned.plan.save(
         session.path("plan.json"), asked=budget.asked, achieved=budget.removed_share, budget=budget.unit
@@ -132,6 +122,23 @@ def prune_stage(session: Session) -> str:
         f"(asked {budget.asked:.0%} of {budget.unit}, got {budget.removed_share:.1%}); "
         f"masked against shrunk: {distance:.1e}"
     )
+
+
+def _cut(session: Session, pruned: Pruned) -> tuple[Any, float]:
+    """Return the smaller model, adapters merged, and how far its logits are from the masked model's."""
+    model, groups = session.adapted, session.groups
+    small: Any = pruned.cut(lambda: shrink(model, groups, pruned.plan, session.examples, form="module"))
+    small = small.merge_and_unload()
+    with torch.no_grad():
+        distance = _distance(small(**session.examples).logits, pruned.masked_logits)
+    if not distance <= SURGERY_TOLERANCE:
+        raise ShrinkError(
+            f"the smaller model's logits are off by {distance:.1e} of the masked model's",
+            "please report this model",
+        )
+    config = allow_biases(session.inputs.config, small)
+    small.config = fit_config(config, small, groups, pruned.plan)
+    return small, distance
 
 
 def _check_biases(session: Session) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from graphprune.errors import ShrinkError
 
@@ -65,7 +66,13 @@ def config_with_biases(kind: Any, config: Any, wanted: Collection[str]) -> Any:
 
 
 def _switches(config: Any) -> list[str]:
-    return [field for field, value in config.to_dict().items() if value is False and hasattr(config, field)]
+    """Return the fields of this kind of configuration that are off; what every configuration has shapes nothing."""
+    common = PretrainedConfig().to_dict()
+    return [
+        field
+        for field, value in config.to_dict().items()
+        if value is False and field not in common and hasattr(config, field)
+    ]
 
 
 def _names(kind: Any, config: Any, *switches: str) -> set[str]:
