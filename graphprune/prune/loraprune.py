@@ -87,13 +87,19 @@ class LoRAPrune(torch.optim.AdamW):
         return self._schedule.steps
 
     @property
+    def steps_left(self) -> int:
+        """Steps that the schedule still has to go while units do; at 0 there is a plan."""
+        done = not self._units or self._schedule.share(self._steps) == 1
+        return 0 if done else self.schedule_steps - self._steps
+
+    @property
     def plan(self) -> Plan:
         """The finished plan: the units that are masked.
 
         Raises:
             TrainingError: If some are still to go.
         """
-        if self._units and self._schedule.share(self._steps) < 1:
+        if self.steps_left:
             raise TrainingError(
                 f"LoRAPrune has done {self._steps} of {self.schedule_steps} steps, so there is no plan yet",
                 "train on; steps at a learning rate of zero do not count",
@@ -129,6 +135,7 @@ class LoRAPrune(torch.optim.AdamW):
         counts = bool(self._units) and self.param_groups[0]["lr"] > 0
         if counts and self._schedule.share(self._steps) < 1:
             self._observe()
+        self.gates.release()
         super().step()
         if counts:
             self._steps += 1

@@ -184,6 +184,36 @@ def test_stopped_and_resumed_it_ends_the_same():
         second.optimizer.load_state_dict(torch.optim.AdamW(second.adapters).state_dict())
 
 
+def test_no_activation_outlives_a_step():
+    bench = LoRABench()
+    bench.steps(1)
+    assert not bench.optimizer.gates._made
+
+
+def test_within_transformers_trainer_the_callback_serves_it_too(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    bench = LoRABench(CubicSchedule(6, every=2))
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=6, use_cpu=True, report_to="none", disable_tqdm=True,
+        logging_steps=1, lr_scheduler_type="constant", save_strategy="no",
+    )  # fmt: skip
+    lines = [{"input_ids": line, "labels": line} for line in IDS[:2]]
+    callback = gp.LHSPGCallback(bench.optimizer)
+    trainer = Trainer(
+        bench.model, arguments, train_dataset=lines, optimizers=(bench.optimizer, None), callbacks=[callback]
+    )
+    trainer.train()
+    gone = [row["loraprune_zeroed"] for row in trainer.state.log_history if "loss" in row]
+    assert gone == sorted(gone)
+    assert gone[-1] == sum(bench.units.values())
+    assert gp.Plan.load(tmp_path / "plan.json") == bench.optimizer.plan
+    longer = LoRABench(CubicSchedule(9))
+    trainer.callback_handler.callbacks = [gp.LHSPGCallback(longer.optimizer)]
+    with pytest.raises(TrainingError, match="has 6 steps, and LoRAPrune needs 9"):
+        trainer.train()
+
+
 def test_with_nothing_to_remove_it_is_adamw():
     ours, theirs = LoRABench(units={}), LoRABench(units={})
     plain = torch.optim.AdamW(theirs.adapters, lr=1e-2, weight_decay=0.0)

@@ -291,25 +291,31 @@ def test_a_bias_of_b_and_another_scale_are_plain_enough(options):
     assert traced_peft_net(**options).steps_left > 0
 
 
-def test_factors_are_found_whatever_attached_them():
-    """A low-rank update written by hand, without PEFT, is merged like any other."""
+class ByHand(Net):
+    """A low-rank update without PEFT, of a weight (outputs, inputs) or (inputs, outputs)."""
 
-    class ByHand(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.requires_grad_(False)
-            self.first, self.second = nn.Linear(6, 2, bias=False), nn.Linear(2, 24, bias=False)
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(6, 24) if transposed else torch.randn(24, 6))
+        self.requires_grad_(False)
+        self.first, self.second = nn.Linear(6, 2, bias=False), nn.Linear(2, 24, bias=False)
+        self.transposed = transposed
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.down(torch.relu(self.up(x) + 0.5 * self.second(self.first(x))))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up = x @ self.matrix if self.transposed else nn.functional.linear(x, self.matrix)
+        return self.down(torch.relu(up + 0.5 * self.second(self.first(x))))
 
-    model = ByHand()
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_factors_are_found_whatever_attached_them(transposed):
+    model = ByHand(transposed)
     groups = gp.node_groups(gp.trace(model, INPUTS))
     (update,) = adapted_weights(model, groups.graph)
-    expected = model.up.weight + 0.5 * model.second.weight @ model.first.weight
-    update.merge()
-    torch.testing.assert_close(model.up.weight, expected)
-    assert not model.second.weight.any()
+    with torch.no_grad():
+        expected = model(**INPUTS)
+        update.merge()
+        assert not model.second.weight.any()
+        torch.testing.assert_close(model(**INPUTS), expected)
 
 
 def test_a_quantized_base_is_refused():
