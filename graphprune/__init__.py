@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from graphprune.coupling.groups import NodeGroup as NodeGroup
     from graphprune.coupling.groups import node_groups as node_groups
     from graphprune.coupling.rules import rule as rule
+    from graphprune.prune.cubic_schedule import CubicSchedule as CubicSchedule
     from graphprune.prune.lhspg import LHSPG as LHSPG
+    from graphprune.prune.loraprune import LoRAPrune as LoRAPrune
     from graphprune.prune.paper_mode import PaperChoices as PaperChoices
     from graphprune.prune.param_groups import param_groups as param_groups
     from graphprune.prune.trainer_callback import LHSPGCallback as LHSPGCallback
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "CubicSchedule": "graphprune.prune.cubic_schedule",
     "LHSPG": "graphprune.prune.lhspg",
     "LHSPGCallback": "graphprune.prune.trainer_callback",
+    "LoRAPrune": "graphprune.prune.loraprune",
     "NodeGroup": "graphprune.coupling.groups",
     "PaperChoices": "graphprune.prune.paper_mode",
     "Plan": "graphprune.shrink.plan",
@@ -43,7 +47,9 @@ _PACKAGES = ("certify", "shrink", "trace")  # called like the function that they
 
 __all__ = [
     "LHSPG",
+    "CubicSchedule",
     "LHSPGCallback",
+    "LoRAPrune",
     "NodeGroup",
     "PaperChoices",
     "Plan",

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from graphprune.errors import RecipeError
 
@@ -62,9 +70,37 @@ class Distribution(_Section):
     unprunable: Share = Field(default=0.0, description="share of groups, the most sensitive, that stay whole")
 
 
-class Prune(_Section):
-    """LHSPG: which units go, and how gently."""
+class Paper(_Section):
+    """What LoRAShear's paper leaves open of LHSPG as published."""
 
+    saliency: Literal["taylor", "magnitude", "cosine"] = Field(
+        default="taylor", description="by which units are chosen, from weights and LoRA's factors"
+    )
+    gamma: Weight = Field(default=1.0, description="share of BA that moves into fading weights in a step")
+    forget: Switch = Field(default=True, description="B's moments start afresh after a merge")
+
+
+class LoRAPrune(_Section):
+    """LoRAPrune's schedule and importance; defaults are the paper's."""
+
+    steps: Positive = 300
+    warmup: Share = Field(default=0.1, description="share of the steps before the first unit goes")
+    cooldown: Share = Field(default=0.1, description="share of the steps after the last unit is gone")
+    every: Positive = Field(default=10, description="steps from one removal to the next")
+    memory: Share = Field(default=0.9, description="share of the old importance that a step keeps")
+    importance: Literal["published", "released"] = Field(
+        default="published", description="(Ĝ w)², or the released program's normalised |Ĝ w|"
+    )
+
+
+class Prune(_Section):
+    """Which units go, how many, and how gently.
+
+    In paper mode the base changes from the first period on: nothing is left to distil from or to repair by. `repair`
+    and `training.distill` are then off unless they are given, and may not be given otherwise.
+    """
+
+    method: str = Field(default="lhspg", description="lhspg, one_shot or loraprune")
     remove: Rate = Field(default=0.2, description="share of what `budget` names")
     budget: str = Field(default="parameters", description="parameters, macs, kv_bytes or bytes")
     layout: Literal["uniform", "per_layer"] = Field(
@@ -87,6 +123,8 @@ class Prune(_Section):
     calibration_windows: Positive = 32
     rank: Positive = 16
     alpha: Positive = 32
+    mode: Literal["gated", "paper"] = Field(default="gated", description="of lhspg; paper: as published")
+    paper: Paper = Paper()
     warmup_steps: Steps = 8
     periods: Positive = 4
     period_steps: Positive = 10
@@ -94,8 +132,41 @@ class Prune(_Section):
     half_space: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="epsilon of the projection test"
     )
-    repair: Switch = Field(default=True, description="least-squares repair of what reads the removed units")
+    loraprune: LoRAPrune = LoRAPrune()
+    repair: Literal["none", "bias", "least_squares"] = Field(
+        default="least_squares", description="how what reads the removed units makes up for them"
+    )
     training: Training = Training()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _off_in_paper_mode(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("mode") != "paper":
+            return given
+        training = given.get("training", {})
+        training = {"distill": 0.0, **training} if isinstance(training, dict) else training
+        return {"repair": "none", **given, "training": training}
+
+    @field_validator("mode")
+    @classmethod
+    def _mode_is_of_lhspg(cls, mode: str, info: ValidationInfo) -> str:
+        if mode == "paper" and info.data.get("method") != "lhspg":
+            raise ValueError("only prune.method lhspg has a paper mode")
+        return mode
+
+    @field_validator("repair")
+    @classmethod
+    def _repair_wants_gates(cls, repair: str, info: ValidationInfo) -> str:
+        if repair != "none" and info.data.get("mode") == "paper":
+            raise ValueError("in paper mode the base changes from the first period on; there is only none")
+        return repair
+
+    @field_validator("training")
+    @classmethod
+    def _teacher_wants_gates(cls, training: Training, info: ValidationInfo) -> Training:
+        if training.distill > 0 and info.data.get("mode") == "paper":
+            raise ValueError("in paper mode no un-pruned model is left to learn from; distill must be 0")
+        return training
 
 
 class Quantize(_Section):
@@ -247,6 +318,7 @@ def _explain(error: ValidationError, path: Path, lines: dict[str, int]) -> Recip
 
 
 def _sentence(message: str) -> str:
+    message = message.removeprefix("Value error, ")
     return message[:1].lower() + message[1:]
 
 

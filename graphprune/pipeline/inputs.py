@@ -11,6 +11,7 @@ from typing import Any, get_args
 from graphprune.coupling.kinds import Kind
 from graphprune.errors import RecipeError
 from graphprune.prune.costs import check_cost
+from graphprune.prune.methods.registry import method_named
 from graphprune.recipe import Recipe, RecoverySource
 from graphprune.recover.course import check_course
 from graphprune.recover.sources import Source, open_text, split_sources, without
@@ -109,6 +110,7 @@ def _open_sources(
 
 
 def _check_names(recipe: Recipe) -> None:
+    method_named(recipe.prune.method)
     saliency_named(recipe.prune.saliency)
     check_cost(recipe.prune.budget)
     for kind in recipe.prune.kinds:

@@ -80,6 +80,12 @@ class Session:
             for name in ("_adapted", "groups", "counted"):
                 self.__dict__.pop(name, None)
 
+    def forget_dense(self) -> None:
+        """Forget the dense model, which a pruning method may have written to; it is loaded anew when asked for."""
+        self.detach_adapters()
+        for name in ("dense", "examples"):
+            self.__dict__.pop(name, None)
+
     @property
     def small_source(self) -> ModelSource:
         """The pruned model's folder."""

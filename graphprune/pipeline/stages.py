@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,20 @@ from graphprune.export.write import export_onnx
 from graphprune.files import remove, replacing, size_of, write_json, write_text
 from graphprune.pipeline.model_folder import save_adapter, save_model, save_recovered
 from graphprune.pipeline.session import Session
-from graphprune.prune.budget import Budget
+from graphprune.prune.budget import Budget, targets
+from graphprune.prune.methods.registry import Pruned, Task, method_named
 from graphprune.prune.precision import use_bfloat16
-from graphprune.prune.progressive import prune_progressively, unit_scores
 from graphprune.prune.target import recipe_budget, recipe_distribution
 from graphprune.prune.training import Row
 from graphprune.recover.recovery import Recovered, recover
 from graphprune.report.distribution_picture import distribution_picture
 from graphprune.report.group_document import group_document
 from graphprune.report.group_files import write_groups
+from graphprune.shrink.biases import allow_biases, config_with_biases
 from graphprune.shrink.config import fit_config
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
-from graphprune.source.adapters import attach_adapters
+from graphprune.source.adapters import attach_adapters, plain_paths
 from quant.apply import loftq_model
 from quant.config import LoftQConfig
 from quant.storage import save_quantized
@@ -76,37 +78,24 @@ def dense_stage(session: Session) -> str:
 
 
 def prune_stage(session: Session) -> str:
-    """Score units, drive the redundant ones to zero, cut them out, and save the smaller model."""
-    settings, seed = session.recipe.prune, session.recipe.seed
-    model, groups = session.adapted, session.groups
-    with session.reporter.task(f"saliency ({settings.saliency})"):
-        scores = unit_scores(model, groups, settings, session.inputs.train, seed=seed)
-    budget = _budget(session, scores)
-    steps = settings.warmup_steps + settings.periods * settings.period_steps + settings.settle_steps
-    with session.reporter.task("LHSPG", steps) as tick:
-        pruned = prune_progressively(
-            model,
-            groups,
-            settings,
-            session.inputs.train,
-            scores,
-            budget=budget,
-            example_inputs=session.examples,
-            seed=seed,
-            progress=lambda row: tick(row["step"] + 1, _words(row)),
-        )
+    """Prune by the recipe's method, cut what it says out, and save the smaller model."""
+    settings, model, groups = session.recipe.prune, session.adapted, session.groups
+    if settings.repair == "bias":
+        _check_biases(session)
+    task = Task(
+        model,
+        groups,
+        settings,
+        session.inputs.train,
+        allot=partial(_budget, session),
+        example_inputs=session.examples,
+        seed=session.recipe.seed,
+        announce=session.reporter.task,
+    )
+    pruned = method_named(settings.method)(task)
     _write_metrics(session.path("training/metrics.jsonl"), "prune", pruned.metrics)
-    with pruned.repaired():
-        small: Any = shrink(model, groups, pruned.plan, session.examples, form="module")
-    small = small.merge_and_unload()
-    with torch.no_grad():
-        distance = _distance(small(**session.examples).logits, pruned.masked_logits)
-    if not distance <= SURGERY_TOLERANCE:
-        raise ShrinkError(
-            f"the smaller model's logits are off by {distance:.1e} of the masked model's",
-            "please report this model",
-        )
-    small.config = fit_config(session.inputs.config, small, groups, pruned.plan)
+    small, distance = _cut(session, pruned)
+    budget = pruned.budget
     pruned.plan.save(
         session.path("plan.json"), asked=budget.asked, achieved=budget.removed_share, budget=budget.unit
     )
@@ -123,9 +112,11 @@ def prune_stage(session: Session) -> str:
             for name, count in budget.removed_units.items()
         ],
         parameters_after=after,
+        pruning_steps=len(pruned.metrics),
         training_dtype="bfloat16" if use_bfloat16(settings.training, model) else "float32",
         surgery_error=distance,
     )
+    session.forget_dense()
     return (
         f"{1 - after / before:.1%} of {before / 1e6:.1f} M parameters removed "
         f"(asked {budget.asked:.0%} of {budget.unit}, got {budget.removed_share:.1%}); "
@@ -133,7 +124,36 @@ def prune_stage(session: Session) -> str:
     )
 
 
-def _budget(session: Session, scores: dict[str, torch.Tensor]) -> Budget:
+def _cut(session: Session, pruned: Pruned) -> tuple[Any, float]:
+    """Return the smaller model, adapters merged, and how far its logits are from the masked model's."""
+    model, groups = session.adapted, session.groups
+    small: Any = pruned.cut(lambda: shrink(model, groups, pruned.plan, session.examples, form="module"))
+    small = small.merge_and_unload()
+    with torch.no_grad():
+        distance = _distance(small(**session.examples).logits, pruned.masked_logits)
+    if not distance <= SURGERY_TOLERANCE:
+        raise ShrinkError(
+            f"the smaller model's logits are off by {distance:.1e} of the masked model's",
+            "please report this model",
+        )
+    config = allow_biases(session.inputs.config, small)
+    small.config = fit_config(config, small, groups, pruned.plan)
+    return small, distance
+
+
+def _check_biases(session: Session) -> None:
+    """Refuse biases that stock classes could not open again, before anything is trained."""
+    groups, plain = session.groups, plain_paths(session.adapted)
+    paths = [
+        member.parameter.rpartition(".")[0]
+        for group in targets(groups, session.recipe.prune.kinds)
+        for member in group.consumers
+    ]
+    wanted = [f"{plain[path]}.bias" for path in paths if path in plain]
+    config_with_biases(type(session.dense), session.inputs.config, wanted)
+
+
+def _budget(session: Session, scores: Mapping[str, torch.Tensor]) -> Budget:
     """Decide how many units each group loses, on the knowledge distribution if that is asked for."""
     settings, groups = session.recipe.prune, session.groups
     with session.reporter.task("knowledge distribution") as tick:
@@ -374,10 +394,6 @@ def _distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float((ours - reference).abs().max() / reference.abs().max())
 
 
-def _words(row: Row) -> str:
-    return f"loss {row['loss']:.3f}, {row['zeroed']} of {row['target']} units gone"
-
-
 def _write_metrics(path: Path, stage: str, rows: list[Row]) -> None:
     kept = [
         line
@@ -385,7 +401,7 @@ def _write_metrics(path: Path, stage: str, rows: list[Row]) -> None:
         if json.loads(line)["stage"] != stage
     ]
     new = [json.dumps({"stage": stage, **row}, sort_keys=True) for row in rows]
-    write_text(path, "\n".join([*kept, *new]) + "\n")
+    write_text(path, "".join(f"{line}\n" for line in (*kept, *new)))
 
 
 def _verification_row(verification: Any) -> dict[str, Any]:

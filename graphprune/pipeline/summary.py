@@ -181,7 +181,7 @@ def _folded(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _limits(session: Session) -> list[str]:
     windows, recipe = session.inputs.evaluate, session.recipe
     prune, recover = recipe.prune, recipe.recover
-    pruning = prune.warmup_steps + prune.periods * prune.period_steps + prune.settle_steps
+    pruning = session.folder.measured("pruning_steps")
     recovery = session.folder.measured("recovered_steps") * recover.accumulate
     seen = pruning * prune.training.batch_size + recovery * recover.training.batch_size
     texts = [session.inputs.train, *(source.train for source in session.inputs.sources if recover.sources)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import TrainingError
 from graphprune.prune.fading import Fading
+from graphprune.prune.finite import require_finite
 from graphprune.prune.gated_mode import GatedMode
 from graphprune.prune.paper_mode import PaperChoices, PaperMode
 from graphprune.prune.param_groups import ParameterGroups
@@ -88,7 +89,7 @@ class LHSPG(torch.optim.AdamW):
         _check(params, half_space)
         self._schedule = Schedule(warmup_steps, periods, period_steps)
         wanted = units if units is not None else params.units(remove, width_multiple)
-        self._units = _possible(params, wanted)
+        self._units = params.possible(wanted)
         self._half_space, self._memory, self._on_period = half_space, memory, on_period
         self._steps = 0
         super().__init__(list(params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -171,7 +172,7 @@ class LHSPG(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_finite()
+        require_finite(self, self._steps)
         for name, observed in self._fading.observe().items():
             self._saliency[name].mul_(self._memory).add_(observed, alpha=1 - self._memory)
         super().step()
@@ -233,15 +234,6 @@ class LHSPG(torch.optim.AdamW):
         """Drop AdamW's moments of a parameter; it starts afresh at the next step."""
         self.state.pop(parameter, None)
 
-    def _check_finite(self) -> None:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        greatest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
-        if not bool(greatest.isfinite()):
-            raise TrainingError(
-                f"a gradient is not finite at step {self._steps}; nothing was changed",
-                "go on from the last checkpoint with a lower learning rate, or train in float32",
-            )
-
     def _advance(self) -> None:
         place = self._schedule.place(self._steps)
         self._steps += 1
@@ -274,20 +266,3 @@ def _check(params: ParameterGroups, half_space: float) -> None:
         )
     if not 0 <= half_space < 1:
         raise TrainingError(f"half_space is {half_space}", "ε of the projection is at least 0 and below 1")
-
-
-def _possible(params: ParameterGroups, units: Mapping[str, int]) -> dict[str, int]:
-    """Return the groups that lose units, each with how many."""
-    prunable = {group.name: group for group in params.prunable}
-    for name, count in units.items():
-        if name not in prunable:
-            raise TrainingError(
-                f"'{name}' is not among the groups that may lose units", "see param_groups(kinds=...)"
-            )
-        group = prunable[name]
-        if not 0 <= count <= group.size - group.minimum:
-            raise TrainingError(
-                f"'{name}' has {group.size} units and cannot lose {count}: {group.minimum} must stay",
-                "lower the target",
-            )
-    return {name: count for name, count in units.items() if count}

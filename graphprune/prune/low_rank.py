@@ -1,26 +1,27 @@
-"""LoRA's factors beside the weights that they update."""
+"""The weights that adapters update, with the factors: what paper mode writes to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graphprune.errors import TrainingError
+from graphprune.saliency.adapters import LowRankUpdate, low_rank_updates
+from graphprune.trace.graph import OperatorGraph
 
 ROWS = 1024
 """Rows of an update that are computed at a time: BA is never whole in memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankUpdate:
-    """s BA, which a layer adds to its weight W.
+class AdaptedWeight:
+    """A weight W to whose product a layer adds s BA.
 
     Attributes:
-        layer: The layer's qualified name.
+        name: W's qualified name.
         weight: W, (outputs, inputs), or (inputs, outputs) if transposed.
         transposed: Whether outputs are W's second axis.
         a: A, (rank, inputs).
@@ -28,7 +29,7 @@ class LowRankUpdate:
         scale: s.
     """
 
-    layer: str
+    name: str
     weight: nn.Parameter
     transposed: bool
     a: nn.Parameter
@@ -49,49 +50,32 @@ def working_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def low_rank_updates(model: nn.Module) -> list[LowRankUpdate]:
-    """Return the updates of all LoRA layers of a PEFT model.
+def adapted_weights(model: nn.Module, graph: OperatorGraph) -> list[AdaptedWeight]:
+    """Return the weights of a model that have adapters, as its graph shows them.
 
     Raises:
-        TrainingError: If an adapter is anything but LoRA as published on a linear layer of floating-point weights.
+        TrainingError: If several adapters update a weight, or its numbers are not there to be written to.
     """
-    return list(_found(model))
+    return list(_found(model, graph))
 
 
-def _found(model: nn.Module) -> Iterator[LowRankUpdate]:
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            for adapter in module.active_adapters:
-                reason = _unsuited(module, adapter)
-                if reason:
-                    raise TrainingError(
-                        f"LHSPG's paper mode cannot work on the adapter of {name}: {reason}",
-                        "use mode='gated', which works on any",
-                    )
-                yield LowRankUpdate(
-                    name,
-                    module.get_base_layer().weight,
-                    bool(getattr(module, "fan_in_fan_out", False)),
-                    module.lora_A[adapter].weight,
-                    module.lora_B[adapter].weight,
-                    float(module.scaling[adapter]),
-                )
+def _found(model: nn.Module, graph: OperatorGraph) -> Iterator[AdaptedWeight]:
+    for name, update in low_rank_updates(graph).items():
+        weight = model.get_parameter(name)
+        reason = _unsuited(weight, graph.weights[name].shape, update)
+        if reason:
+            raise TrainingError(
+                f"LHSPG's paper mode cannot work on {name}: {reason}", "use mode='gated', which works on any"
+            )
+        (term,) = update.factors
+        a, b = model.get_parameter(term.down), model.get_parameter(term.up)
+        yield AdaptedWeight(name, weight, update.input_axis == 0, a, b, term.scaling)
 
 
-def _unsuited(module: Any, adapter: str) -> str | None:
-    """Return why W + s BA is not what a layer computes with, or None."""
-    if len(module.active_adapters) > 1:
-        return "several adapters are active"
-    if module.merged_adapters:
-        return "it is merged already"
-    if adapter not in module.lora_A or adapter in module.lora_variant or module.lora_bias.get(adapter):
-        return "it is not a plain pair of factors"
-    weight = getattr(module.get_base_layer(), "weight", None)
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        return "its weight is quantized"
-    b, a = module.lora_B[adapter].weight, module.lora_A[adapter].weight
-    updated = (b.shape[0], a.shape[-1])
-    expected = tuple(weight.shape)[::-1] if getattr(module, "fan_in_fan_out", False) else tuple(weight.shape)
-    return None if updated == expected else f"its weight is of shape {tuple(weight.shape)}"
+def _unsuited(weight: nn.Parameter, shape: tuple[int, ...], update: LowRankUpdate) -> str | None:
+    """Return why W + s BA cannot be written to W, or None."""
+    if len(update.factors) > 1:
+        return "several adapters update it"
+    if not weight.is_floating_point():
+        return "it is quantized"
+    return None if tuple(weight.shape) == tuple(shape) else f"it is held in a shape of {tuple(weight.shape)}"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from graphprune.coupling.groups import Member, NodeGroup
 from graphprune.errors import TrainingError
-from graphprune.prune.low_rank import LowRankUpdate, low_rank_updates
+from graphprune.prune.low_rank import AdaptedWeight, adapted_weights
 from graphprune.prune.param_groups import ParameterGroups
 from graphprune.prune.unit_rows import (
     UnitRows,
@@ -66,7 +66,7 @@ class PaperMode:
     Merging writes to every weight that has an adapter, so the optimizer's state holds them all.
 
     Args:
-        params: A PEFT model with plain LoRA adapters, with its groups.
+        params: A model with plain LoRA adapters, which its graph shows, with its groups.
         names: Groups that lose units.
         choices: What the paper leaves open.
         forget: Drops a parameter's moments.
@@ -85,7 +85,7 @@ class PaperMode:
         self.parameters: list[nn.Parameter] = []
         self._choices = choices
         self._forget = forget
-        self._updates = low_rank_updates(params.model)
+        self._updates = adapted_weights(params.model, params.groups.graph)
         self._parts = {name: _parts(params, params.groups[name], self._updates) for name in names}
         self._zeroed = {
             name: torch.zeros(params.groups[name].size, dtype=torch.bool, device=parts[0].weight.device)
@@ -176,7 +176,7 @@ class PaperMode:
 
 
 def _parts(
-    params: ParameterGroups, group: NodeGroup, updates: Iterable[LowRankUpdate]
+    params: ParameterGroups, group: NodeGroup, updates: Iterable[AdaptedWeight]
 ) -> tuple[UnitRows, ...]:
     """Return what a group's units own: all that produces or carries them, but for LoRA's factors."""
     by_weight = {id(update.weight): update for update in updates}
@@ -196,11 +196,16 @@ def _parts(
     return tuple(parts)
 
 
-def _part(weight: nn.Parameter, group: NodeGroup, member: Member, update: LowRankUpdate | None) -> UnitRows:
+def _part(weight: nn.Parameter, group: NodeGroup, member: Member, update: AdaptedWeight | None) -> UnitRows:
     if not weight.is_floating_point():
         raise TrainingError(
             f"LHSPG's paper mode cannot write to {member.parameter}, which is stored as {weight.dtype}",
             "use mode='gated', which leaves weights alone",
+        )
+    if update is None and weight.requires_grad and weight.dim() > 1:
+        raise TrainingError(
+            f"{member.parameter} trains, and is no factor of W x + s BA x in the model as traced",
+            "use plain LoRA adapters on frozen weights, or mode='gated', which works on any",
         )
     if update is not None and member.axis != int(update.transposed):
         raise TrainingError(

@@ -62,12 +62,35 @@ class ParameterGroups:
         names = [group.name for group in self.prunable]
         budget = allot(
             self.groups,
-            score_curves({group.name: _even(group) for group in self.prunable}),
+            score_curves({group.name: even_scores(group) for group in self.prunable}),
             cost_named("parameters", Measured(self.groups, self.counted), names),
             remove=remove,
             width_multiple=width_multiple if width_multiple is not None else _multiples(self.prunable),
         )
         return dict(budget.removed_units)
+
+    def possible(self, units: Mapping[str, int]) -> dict[str, int]:
+        """Return the groups that lose units, each with how many.
+
+        Args:
+            units: By group name.
+
+        Raises:
+            TrainingError: If a group may not lose units, or not so many.
+        """
+        prunable = {group.name: group for group in self.prunable}
+        for name, count in units.items():
+            if name not in prunable:
+                raise TrainingError(
+                    f"'{name}' is not among the groups that may lose units", "see param_groups(kinds=...)"
+                )
+            group = prunable[name]
+            if not 0 <= count <= group.size - group.minimum:
+                raise TrainingError(
+                    f"'{name}' has {group.size} units and cannot lose {count}: {group.minimum} must stay",
+                    "lower the target",
+                )
+        return {name: count for name, count in units.items() if count}
 
 
 def param_groups(
@@ -117,7 +140,7 @@ def _multiples(groups: Collection[NodeGroup]) -> dict[str, int]:
     return multiples
 
 
-def _even(group: NodeGroup) -> Tensor:
+def even_scores(group: NodeGroup) -> Tensor:
     """Return scores whose sum grows so steeply with the share lost that it is least where all lose alike."""
     rank = torch.arange(1, group.size + 1, dtype=torch.float64)
     return group.parameters_per_unit * (rank / group.size) ** 3

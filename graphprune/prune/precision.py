@@ -44,3 +44,15 @@ def frozen_in_bfloat16(*models: nn.Module) -> Iterator[None]:
     finally:
         for key, parameter in frozen.items():
             parameter.data = originals[key]
+
+
+@contextmanager
+def computing_in_bfloat16(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Within the block, compute in bfloat16 throughout, adapters' inputs included; if not wanted, change nothing."""
+    if not wanted:
+        yield
+        return
+    from peft.helpers import disable_input_dtype_casting
+
+    with frozen_in_bfloat16(model), disable_input_dtype_casting(model):
+        yield

@@ -1,4 +1,4 @@
-"""LHSPG within transformers' Trainer."""
+"""LHSPG and LoRAPrune within transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from graphprune.errors import TrainingError
 from graphprune.prune.lhspg import LHSPG
+from graphprune.prune.loraprune import LoRAPrune
 
 
 class LHSPGCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
@@ -24,8 +25,9 @@ class LHSPGCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         optimizer: The optimizer that the Trainer was given.
     """
 
-    def __init__(self, optimizer: LHSPG) -> None:
+    def __init__(self, optimizer: LHSPG | LoRAPrune) -> None:
         self._optimizer = optimizer
+        self._name = type(optimizer).__name__
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise an error if the training ends before the schedule does.
@@ -36,7 +38,7 @@ class LHSPGCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         needed = self._optimizer.schedule_steps
         if self._optimizer.steps_left and state.max_steps < needed:
             raise TrainingError(
-                f"the training has {state.max_steps} steps, and LHSPG needs {needed}",
+                f"the training has {state.max_steps} steps, and {self._name} needs {needed}",
                 "raise max_steps or num_train_epochs, or shorten the schedule",
             )
 
@@ -44,7 +46,7 @@ class LHSPGCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Add how many units are redundant, gone, and to go."""
-        counts = {f"lhspg_{name}": count for name, count in self._optimizer.counts.items()}
+        counts = {f"{self._name.lower()}_{name}": count for name, count in self._optimizer.counts.items()}
         if logs is not None:
             logs.update(counts)
         if state.log_history:

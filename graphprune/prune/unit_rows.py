@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graphprune.prune.low_rank import ROWS, LowRankUpdate, working_dtype
+from graphprune.prune.low_rank import ROWS, AdaptedWeight, working_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +19,13 @@ class UnitRows:
         weight: The weight; rows run along `axis`.
         axis: Which of its axes.
         owner: The unit that owns each row (rows,), or -1.
-        update: LoRA's update of the weight, BA having the same rows; None without an adapter.
+        update: The weight with its adapter, BA having the same rows; None without an adapter.
     """
 
     weight: nn.Parameter
     axis: int
     owner: Tensor
-    update: LowRankUpdate | None
+    update: AdaptedWeight | None
 
     def chosen(self, units: Tensor) -> Tensor:
         """Return a mask (rows,) of the rows of the units chosen by a mask (units,)."""

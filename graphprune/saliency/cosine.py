@@ -27,7 +27,7 @@ def cosine(evidence: Evidence) -> dict[str, Tensor]:
     Raises:
         TrainingError: If every update of a group is zero, as it is before training.
     """
-    members = adapted_members(evidence)
+    members = adapted_members(evidence.model, evidence.groups, evidence.gates.groups)
     return _cosines(members, lambda chunk: chunk.frozen, lambda chunk: chunk.update)
 
 
@@ -37,7 +37,7 @@ def cosine_gradient(evidence: Evidence) -> dict[str, Tensor]:
 
     Source: DHSPG, the ancestor of LHSPG (OTOv2, arXiv 2303.06862), with LoRAPrune's surrogate.
     """
-    members = adapted_members(evidence)
+    members = adapted_members(evidence.model, evidence.groups, evidence.gates.groups)
     gradients = mean_of(factor_gradients(evidence, members))
     return _cosines(members, lambda chunk: chunk.effective, lambda chunk: -chunk.surrogate(gradients))
 

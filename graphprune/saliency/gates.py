@@ -98,13 +98,17 @@ class Gates:
             name: torch.nonzero(value.detach() == 0).flatten().tolist() for name, value in self.values.items()
         }
 
+    def release(self) -> None:
+        """Let go of the last pass's activations, which are kept for as long as consumers may share them."""
+        self._made.clear()
+
     def gradients(self) -> dict[str, Tensor]:
         """Return the gates' gradients, and clear them.
 
         Raises:
             TrainingError: If a gate has none: the module that owns a consumer's weight is not called.
         """
-        self._made.clear()
+        self.release()
         found = {}
         for name, value in self.values.items():
             if value.grad is None:

@@ -54,7 +54,7 @@ def loraprune_released(evidence: Evidence) -> dict[str, Tensor]:
 
 
 def _mean_importance(evidence: Evidence, *, released: bool) -> dict[str, Tensor]:
-    members = adapted_members(evidence)
+    members = adapted_members(evidence.model, evidence.groups, evidence.gates.groups)
     return mean_of(
         importance(members, gradients, released=released) for gradients in factor_gradients(evidence, members)
     )

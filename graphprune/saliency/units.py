@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import TrainingError
 from graphprune.saliency.effective import Chunk, EffectiveWeight, effective_weights
-from graphprune.saliency.registry import Evidence
 
 Elements = Callable[[Chunk], Tensor]
 """From rows of a weight to numbers of the same shape (…, rows, in)."""
@@ -49,15 +49,20 @@ class AdaptedMember:
     places: tuple[Place, ...]
 
 
-def adapted_members(evidence: Evidence) -> list[AdaptedMember]:
-    """Return the weights with adapters that the gated groups reach; those without have no gradient to judge by.
+def adapted_members(model: nn.Module, groups: NodeGroups, names: Iterable[str]) -> list[AdaptedMember]:
+    """Return the weights with adapters that groups reach; those without have no gradient to judge by.
+
+    Args:
+        model: The model.
+        groups: Its node groups.
+        names: The groups to score.
 
     Raises:
         TrainingError: If none of a group's weights has adapters.
     """
-    weights = effective_weights(evidence.model, evidence.groups)
+    weights = effective_weights(model, groups)
     places: dict[str, list[Place]] = {}
-    for group in evidence.gates.groups.values():
+    for group in (groups[name] for name in names):
         adapted = [member for member in group.members if member.parameter in weights]
         if not adapted:
             raise TrainingError(

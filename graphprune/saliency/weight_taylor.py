@@ -20,7 +20,7 @@ from graphprune.saliency.units import adapted_members, total, unit_sums
 @saliency("taylor_first")
 def taylor_first(evidence: Evidence) -> dict[str, Tensor]:
     """Score a unit by Σ |w g|, g being the gradient of the mean loss ("element, first order")."""
-    members = adapted_members(evidence)
+    members = adapted_members(evidence.model, evidence.groups, evidence.gates.groups)
     gradient = mean_of(factor_gradients(evidence, members))
     return total(unit_sums(members, lambda chunk: (chunk.effective * chunk.surrogate(gradient)).abs()))
 
@@ -28,7 +28,7 @@ def taylor_first(evidence: Evidence) -> dict[str, Tensor]:
 @saliency("taylor_vector")
 def taylor_vector(evidence: Evidence) -> dict[str, Tensor]:
     """Score a unit by Σ |Σ w g|, the inner sum over each row or column that it owns ("vector")."""
-    members = adapted_members(evidence)
+    members = adapted_members(evidence.model, evidence.groups, evidence.gates.groups)
     gradient = mean_of(factor_gradients(evidence, members))
     return total(unit_sums(members, lambda chunk: chunk.effective * chunk.surrogate(gradient), torch.abs))
 
@@ -36,7 +36,7 @@ def taylor_vector(evidence: Evidence) -> dict[str, Tensor]:
 @saliency("taylor_second")
 def taylor_second(evidence: Evidence) -> dict[str, Tensor]:
     """Score a unit by Σ w² H, H from one sample a batch ("element, second order")."""
-    members = adapted_members(evidence)
+    members = adapted_members(evidence.model, evidence.groups, evidence.gates.groups)
     return mean_of(importance(members, gradients) for gradients in factor_gradients(evidence, members))
 
 
@@ -46,7 +46,7 @@ def taylor_mix(evidence: Evidence) -> dict[str, Tensor]:
 
     The absolute value wants H whole, so the adapters' gradients of all batches are held together.
     """
-    members = adapted_members(evidence)
+    members = adapted_members(evidence.model, evidence.groups, evidence.gates.groups)
     gradients = list(factor_gradients(evidence, members))
     mean = mean_of(gradients)
 

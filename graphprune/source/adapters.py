@@ -22,3 +22,15 @@ def attach_adapters(model: nn.Module, rank: int, alpha: int) -> Any:
 
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear")
     return get_peft_model(model, config).eval()
+
+
+def plain_paths(model: Any) -> dict[str, str]:
+    """Return, for each layer in a wrapped model that has an adapter, its path there and in the model without."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    bare = {id(module): name for name, module in model.get_base_model().named_modules()}
+    return {
+        f"{path}.base_layer": bare[id(module)]
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and id(module) in bare
+    }

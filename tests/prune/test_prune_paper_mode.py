@@ -14,7 +14,7 @@ from torch import nn
 import graphprune as gp
 from graphprune.errors import TrainingError
 from graphprune.prune import low_rank, unit_rows
-from graphprune.prune.low_rank import LowRankUpdate, low_rank_updates
+from graphprune.prune.low_rank import AdaptedWeight, adapted_weights
 from graphprune.prune.paper_mode import PaperMode
 from graphprune.source.model import example_inputs
 
@@ -23,7 +23,7 @@ def randomized(bench: Bench, size: float = 0.3) -> Bench:
     """Give every B values, as after a warm-up."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for update in low_rank_updates(bench.model):
+        for update in adapted_weights(bench.model, bench.groups.graph):
             update.b.copy_(torch.randn(update.b.shape, generator=generator) * size)
     return bench
 
@@ -138,7 +138,7 @@ def test_important_units_are_never_projected_or_faded():
 
 def test_learning_moves_into_the_base_once_a_period():
     bench = Bench(mode="paper", warmup_steps=1, periods=2, period_steps=2)
-    updates = low_rank_updates(bench.model)
+    updates = adapted_weights(bench.model, bench.groups.graph)
     for step in range(5):
         bench.steps(1)
         merged = step in (2, 4)
@@ -152,7 +152,9 @@ def test_moments_may_be_kept():
         mode="paper", paper=gp.PaperChoices(forget=False), warmup_steps=0, periods=1, period_steps=1
     )
     bench.steps(1)
-    assert all(update.b in bench.optimizer.state for update in low_rank_updates(bench.model))
+    assert all(
+        update.b in bench.optimizer.state for update in adapted_weights(bench.model, bench.groups.graph)
+    )
 
 
 @pytest.mark.parametrize("rows_at_a_time", [5, 1024])
@@ -175,7 +177,7 @@ def test_a_transposed_weight_gets_the_transposed_update():
         nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 5), (2, 3), (5, 2))
     )
     expected = weight + 0.5 * (b @ a).T
-    LowRankUpdate("layer", weight, True, a, b, 0.5).merge()
+    AdaptedWeight("layer", weight, True, a, b, 0.5).merge()
     torch.testing.assert_close(weight, expected)
 
 
@@ -209,7 +211,7 @@ def test_taylor_is_what_the_factors_say_of_the_dense_gradient():
     """With G = ∂f/∂W by autograd: s (∂B A + B ∂A) = s² (G AᵀA + BBᵀ G)."""
     bench, scores = scored("taylor")
     bench.optimizer.zero_grad()
-    updates = low_rank_updates(bench.model)
+    updates = adapted_weights(bench.model, bench.groups.graph)
     for update in updates:
         update.weight.requires_grad_(True)
     bench.loss(IDS).backward()
@@ -266,34 +268,62 @@ def test_what_trains_beside_the_adapters_is_held_at_zero_too():
     assert layer.base_layer.bias.detach().any()
 
 
-def peft_net(**options: object) -> nn.Module:
-    return get_peft_model(Net(), LoraConfig(r=2, target_modules=["up", "down"], **options))
+def traced_peft_net(*further: str, **options: object) -> gp.LHSPG:
+    """LHSPG in paper mode on the net with adapters of some kind, traced as they are."""
+    model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["up", "down"], **options))
+    for name in further:
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["up", "down"]))
+    model.base_model.set_adapter(["default", *further])
+    groups = gp.node_groups(gp.trace(model, INPUTS))
+    params = gp.param_groups(model, groups, kinds=["ffn"])
+    return gp.LHSPG(params, units={width_of(groups): 2}, mode="paper")
 
 
-def test_adapters_that_are_not_plain_lora_are_refused_by_name():
-    for model, reason in (
-        (peft_net(use_dora=True), "not a plain pair of factors"),
-        (peft_net(lora_bias=True), "not a plain pair of factors"),
-    ):
-        with pytest.raises(TrainingError, match=f"the adapter of base_model.model.up: it is {reason}"):
-            low_rank_updates(model)
-    merged = peft_net()
-    merged.merge_adapter()
-    with pytest.raises(TrainingError, match="it is merged already"):
-        low_rank_updates(merged)
-    several = peft_net()
-    several.add_adapter("other", LoraConfig(r=2, target_modules=["up", "down"]))
-    several.base_model.set_adapter(["default", "other"])
-    with pytest.raises(TrainingError, match="several adapters are active"):
-        low_rank_updates(several)
+def test_what_trains_but_is_not_plain_lora_is_refused_by_name():
+    with pytest.raises(TrainingError, match=r"lora_B.default.weight trains, and is no factor"):
+        traced_peft_net(use_dora=True)
+    with pytest.raises(TrainingError, match=r"up.base_layer.weight: several adapters update it"):
+        traced_peft_net("other")
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True, "bias": "none"}, {"use_rslora": True}])
+def test_a_bias_of_b_and_another_scale_are_plain_enough(options):
+    assert traced_peft_net(**options).steps_left > 0
+
+
+class ByHand(Net):
+    """A low-rank update without PEFT, of a weight (outputs, inputs) or (inputs, outputs)."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(6, 24) if transposed else torch.randn(24, 6))
+        self.requires_grad_(False)
+        self.first, self.second = nn.Linear(6, 2, bias=False), nn.Linear(2, 24, bias=False)
+        self.transposed = transposed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up = x @ self.matrix if self.transposed else nn.functional.linear(x, self.matrix)
+        return self.down(torch.relu(up + 0.5 * self.second(self.first(x))))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_factors_are_found_whatever_attached_them(transposed):
+    model = ByHand(transposed)
+    groups = gp.node_groups(gp.trace(model, INPUTS))
+    (update,) = adapted_weights(model, groups.graph)
+    with torch.no_grad():
+        expected = model(**INPUTS)
+        update.merge()
+        assert not model.second.weight.any()
+        torch.testing.assert_close(model(**INPUTS), expected)
 
 
 def test_a_quantized_base_is_refused():
     bench = Bench()
     layer = next(module for module in bench.model.modules() if isinstance(module, LoraLayer))
     layer.get_base_layer().weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(TrainingError, match="its weight is quantized"):
-        low_rank_updates(bench.model)
+    with pytest.raises(TrainingError, match="it is quantized"):
+        adapted_weights(bench.model, bench.groups.graph)
 
 
 def test_units_that_no_adapter_reaches_need_another_saliency():

@@ -13,7 +13,7 @@ from tiny_models import FFN, KV_HEADS
 from torch import nn
 
 from graphprune.errors import TrainingError
-from graphprune.prune.progressive import unit_scores
+from graphprune.prune.scoring import unit_scores
 from graphprune.recipe import Prune, Training
 from graphprune.saliency.registry import registered_saliencies
 from graphprune.source.text import Windows

@@ -225,7 +225,7 @@ def test_no_gradient_of_a_whole_weight_is_ever_made(adapted, monkeypatch, releas
         adapted.model, adapted.groups, [*adapted.of_kind("ffn"), *adapted.of_kind("attention_heads")]
     )
     evidence = Evidence(adapted.model, adapted.groups, gates, IDS.split(1), lambda ids: ids)
-    members = adapted_members(evidence)
+    members = adapted_members(evidence.model, evidence.groups, evidence.gates.groups)
     gates.close()
     factors = {name: torch.ones_like(f) for m in members for name, f in m.weight.factors().items()}
     with Largest(adapted.model) as seen:

@@ -1,0 +1,1 @@
+"""Pruning methods, one a file, behind one interface: `registry.Task` in, `registry.Pruned` out."""

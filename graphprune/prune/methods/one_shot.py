@@ -1,0 +1,33 @@
+"""One shot: score, decide, remove, repair. Nothing is trained."""
+
+from __future__ import annotations
+
+import torch
+
+from graphprune.prune.methods.registry import Pruned, Task, finished, method
+from graphprune.prune.methods.training import calibrated_repair
+from graphprune.prune.precision import computing_in_bfloat16, use_bfloat16
+from graphprune.saliency.gates import Gates
+from graphprune.shrink.plan import Plan
+
+
+@method("one_shot")
+def one_shot(task: Task) -> Pruned:
+    """Remove the units of the lowest saliency, at once.
+
+    With it the methods that only score are settings of `saliency` and `repair`; the README of `prune` lists them.
+    """
+    scores = task.scores()
+    budget = task.allot(scores)
+    gates = Gates(task.model, task.groups, budget.removed_units)
+    try:
+        with computing_in_bfloat16(task.model, use_bfloat16(task.settings.training, task.model)):
+            repair = calibrated_repair(task, gates)
+        with torch.no_grad():
+            for name, count in budget.removed_units.items():
+                gates.values[name][scores[name].argsort(stable=True)[:count]] = 0
+        if repair:
+            repair.update(lambda name: gates.values[name] == 0)
+        return finished(task, Plan(gates.redundant()), budget, [], repair)
+    finally:
+        gates.close()

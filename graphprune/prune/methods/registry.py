@@ -1,0 +1,140 @@
+"""The table of pruning methods: each takes a model with adapters to a plan, and may train the adapters on the way."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.coupling.groups import NodeGroups
+from graphprune.errors import RecipeError, TrainingError
+from graphprune.prune.budget import Budget
+from graphprune.prune.repair.named import Repair
+from graphprune.prune.scoring import unit_scores
+from graphprune.prune.training import Row
+from graphprune.recipe import Prune
+from graphprune.shrink.plan import Plan
+from graphprune.source.text import Windows
+
+
+class Tick(Protocol):
+    """Moves what is shown on."""
+
+    def __call__(self, done: int, words: str = "") -> None:
+        """Say how many steps are done now, in a few words."""
+
+
+Announce = Callable[[str, int | None], AbstractContextManager[Tick]]
+"""Shows what is being done, and of how many steps it is, while a block runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a method is asked to do, and with what.
+
+    Attributes:
+        model: A PEFT model. Its adapters may be trained in place and its weights written to.
+        groups: Its node groups.
+        settings: The recipe's section.
+        windows: Training text.
+        allot: From the scores of units, by group, to how many units each group loses.
+        example_inputs: For `Pruned.masked_logits`.
+        seed: Of what is drawn at random.
+        announce: Shows what is being done.
+    """
+
+    model: Any
+    groups: NodeGroups
+    settings: Prune
+    windows: Windows
+    allot: Callable[[Mapping[str, Tensor]], Budget]
+    example_inputs: Mapping[str, Any]
+    seed: int
+    announce: Announce
+
+    def scores(self) -> dict[str, Tensor]:
+        """Score every unit that may go by the recipe's saliency, by group."""
+        with self.announce(f"saliency ({self.settings.saliency})", None):
+            return unit_scores(self.model, self.groups, self.settings, self.windows, seed=self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What a method leaves.
+
+    Attributes:
+        plan: Units to remove.
+        budget: What was asked, and what the plan removes.
+        metrics: One row a step of training.
+        masked_logits: Outputs on the example inputs without those units, to check surgery against.
+        repair: What makes up for the units that go; None if nothing does.
+    """
+
+    plan: Plan
+    budget: Budget
+    metrics: list[Row]
+    masked_logits: Tensor
+    repair: Repair | None
+
+    def cut(self, shrink: Callable[[], nn.Module]) -> nn.Module:
+        """Return the smaller model that `shrink` makes by the plan, the repair in it."""
+        return self.repair.cut(self.plan, shrink) if self.repair else shrink()
+
+
+def finished(task: Task, plan: Plan, budget: Budget, metrics: list[Row], repair: Repair | None) -> Pruned:
+    """Return the outcome of a method whose model computes without the plan's units now.
+
+    Raises:
+        TrainingError: If the plan is not what the budget asks for.
+    """
+    for name, count in budget.removed_units.items():
+        if len(plan.get(name, ())) != count:
+            raise TrainingError(
+                f"{task.settings.method} removed {len(plan.get(name, ()))} units of '{name}' instead of {count}",
+                "please report this recipe",
+            )
+    task.model.eval()
+    with torch.no_grad():
+        masked = task.model(**task.example_inputs).logits
+    return Pruned(plan, budget, metrics, masked, repair)
+
+
+Method = Callable[[Task], Pruned]
+
+_METHODS: dict[str, Method] = {}
+_BUILT_IN = "lhspg", "loraprune", "one_shot"
+"""Modules that register methods."""
+
+
+def method(name: str) -> Callable[[Method], Method]:
+    """Register a function as the method called `name`."""
+
+    def register(function: Method) -> Method:
+        _METHODS[name] = function
+        return function
+
+    return register
+
+
+def method_named(name: str) -> Method:
+    """Return a registered method.
+
+    Raises:
+        RecipeError: If there is none of that name.
+    """
+    _load()
+    if name not in _METHODS:
+        raise RecipeError.unknown("pruning method", name, _METHODS, "prune.method")
+    return _METHODS[name]
+
+
+@cache
+def _load() -> None:
+    for name in _BUILT_IN:
+        importlib.import_module(f"graphprune.prune.methods.{name}")

@@ -1,0 +1,1 @@
+"""What makes up, in closed form, for the units that go."""
