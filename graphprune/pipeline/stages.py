@@ -24,6 +24,7 @@ from graphprune.prune.budget import Budget
 from graphprune.prune.precision import use_bfloat16
 from graphprune.prune.progressive import prune_progressively, unit_scores
 from graphprune.prune.target import recipe_budget, recipe_distribution
+from graphprune.prune.timing import TimeTable
 from graphprune.prune.training import Row
 from graphprune.recover.recovery import recover
 from graphprune.report.distribution_picture import distribution_picture
@@ -150,7 +151,10 @@ def _budget(session: Session, scores: dict[str, torch.Tensor]) -> Budget:
         write_text(
             session.path("graph/distribution.svg"), distribution_picture(distribution.rows(groups)) + "\n"
         )
-    budget = recipe_budget(groups, settings, scores, counted=session.counted, distribution=distribution)
+    times = TimeTable(session.path("graph/latency.json"), device=session.dense.device)
+    budget = recipe_budget(
+        groups, settings, scores, counted=session.counted, distribution=distribution, times=times
+    )
     if not budget.is_uniform(groups):
         raise BudgetError(
             f"layers would have different widths ({_widths(groups, budget)}), which stock "

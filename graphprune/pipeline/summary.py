@@ -8,7 +8,6 @@ import platform
 import sys
 from collections import Counter
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -18,6 +17,7 @@ import torch
 from graphprune.export.verify import LARGEST_KL, LEAST_TOP1, TOLERANCE, WEIGHT_TOLERANCE
 from graphprune.files import size_of, write_json
 from graphprune.pipeline.session import Session
+from graphprune.prune.timing import processor
 from graphprune.report.group_page import main_picture
 from graphprune.report.page import write_report
 from graphprune.report.pictures import training_picture, widths_picture
@@ -191,7 +191,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count() or 1,
         "memory_bytes": psutil.virtual_memory().total,
     }
@@ -201,12 +201,3 @@ def versions() -> dict[str, str]:
     """Return the versions of the packages that a result depends on."""
     # The GPU build of onnxruntime is another package, so its version is asked of the module.
     return {name: version(name) for name in _PACKAGES} | {"onnxruntime": onnxruntime.__version__}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
