@@ -14,8 +14,9 @@ from graphprune.coupling.groups import NodeGroups, node_groups
 from graphprune.pipeline.folder import RunFolder
 from graphprune.pipeline.inputs import Inputs
 from graphprune.pipeline.progress import Reporter
+from graphprune.shrink.load import load
 from graphprune.source.adapters import attach_adapters
-from graphprune.source.model import ModelSource, example_inputs, load_model
+from graphprune.source.model import example_inputs, load_model
 from graphprune.source.perplexity import perplexity, torch_logits
 from graphprune.trace.model import trace
 from quant.storage import load_quantized_
@@ -80,14 +81,10 @@ class Session:
             for name in ("_adapted", "groups", "counted"):
                 self.__dict__.pop(name, None)
 
-    @property
-    def small_source(self) -> ModelSource:
-        """The pruned model's folder."""
-        return ModelSource("pruned", str(self.folder / "model"), True)
-
     def pruned(self) -> Any:
         """Return the pruned float model, a fresh copy from the folder."""
-        return load_model(self.small_source)
+        model = load(self.folder / "model", torch.float32)
+        return model.requires_grad_(False)
 
     @property
     def quantized(self) -> Any:

@@ -31,6 +31,7 @@ from graphprune.report.distribution_picture import distribution_picture
 from graphprune.report.group_document import group_document
 from graphprune.report.group_files import write_groups
 from graphprune.shrink.config import fit_config
+from graphprune.shrink.load import is_uneven
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
 from quant.apply import loftq_model
@@ -106,7 +107,8 @@ def prune_stage(session: Session) -> str:
             f"the smaller model's logits are off by {distance:.1e} of the masked model's",
             "please report this model",
         )
-    small.config = fit_config(session.inputs.config, small, groups, pruned.plan)
+    if budget.is_uniform(groups):
+        small.config = fit_config(session.inputs.config, small, groups, pruned.plan)
     pruned.plan.save(
         session.path("plan.json"), asked=budget.asked, achieved=budget.removed_share, budget=budget.unit
     )
@@ -155,11 +157,11 @@ def _budget(session: Session, scores: dict[str, torch.Tensor]) -> Budget:
     budget = recipe_budget(
         groups, settings, scores, counted=session.counted, distribution=distribution, times=times
     )
-    if not budget.is_uniform(groups):
+    if settings.layout == "uniform" and not budget.is_uniform(groups):
         raise BudgetError(
             f"layers would have different widths ({_widths(groups, budget)}), which stock "
             f"{type(session.dense).__name__} does not open again",
-            "set prune.layout to uniform, or prune in Python: graphprune.shrink makes any layout",
+            "set prune.layout to per_layer: graphprune.load opens such a model",
         )
     return budget
 
@@ -174,11 +176,14 @@ def _widths(groups: NodeGroups, budget: Budget) -> str:
 
 
 def reload_stage(session: Session) -> str:
-    """Open the smaller model as stock transformers does, compare, and measure it."""
+    """Open the smaller model as its user will, and measure it."""
     session.detach_adapters()
     value = session.judge(session.pruned(), "pruned")
     session.folder.remember(perplexity_pruned=value)
-    return f"opened by AutoModelForCausalLM; perplexity {value:.2f}"
+    opened = "AutoModelForCausalLM"
+    if is_uneven(session.path("model")):
+        opened = "graphprune.load, for layers differ in width and stock from_pretrained does not open them"
+    return f"opened by {opened}; perplexity {value:.2f}"
 
 
 def quantize_stage(session: Session) -> str:

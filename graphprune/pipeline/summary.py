@@ -22,6 +22,7 @@ from graphprune.report.group_page import main_picture
 from graphprune.report.page import write_report
 from graphprune.report.pictures import training_picture, widths_picture
 from graphprune.report.schema import Report
+from graphprune.shrink.load import is_uneven
 
 _PACKAGES = (
     "graphprune",
@@ -183,6 +184,17 @@ def _limits(session: Session) -> list[str]:
         "real training budget.",
         "Speeds are those of this machine at batch 1, the best of two alternating rounds, with whatever else it did.",
         "Nothing here measures knowledge, safety or behaviour in conversation: test what you ship.",
+        *_opening(session),
+    ]
+
+
+def _opening(session: Session) -> list[str]:
+    """Return what to know before opening the float model."""
+    if not is_uneven(session.path("model")):
+        return []
+    return [
+        "Layers of the pruned float model differ in width: stock from_pretrained does not open its folder, and "
+        "graphprune.load does. The ONNX model runs as any other."
     ]
 
 
