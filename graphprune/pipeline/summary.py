@@ -8,6 +8,7 @@ import platform
 import sys
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -52,12 +53,18 @@ def report_stage(session: Session, order: list[str], reused: list[str], command:
     pictures = {
         "groups": main_picture(document),
         "widths": widths_picture([width.model_dump() for width in report.widths]),
+        "distribution": _drawn(session.path("graph/distribution.svg")),
         "training": training_picture(metrics),
     }
     machine = {**report.environment.model_dump(), "versions": report.versions}
     write_json(session.path("environment.json"), machine)
     paths = {"widths": "graph/widths.svg", "training": "training/curves.svg"}
     write_report(session.folder.path, report, pictures, paths)
+
+
+def _drawn(path: Path) -> str:
+    """Return a picture that a stage drew; empty if it did not."""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _report(
@@ -72,6 +79,7 @@ def _report(
             "name": session.inputs.source.name,
             "source": recipe.model.id,
             "architecture": (getattr(session.inputs.config, "architectures", None) or ["unknown"])[0],
+            "opened_by": "graphprune.load" if is_uneven(session.path("model")) else "from_pretrained",
         },
         "parameters": {
             "before": before,
@@ -79,6 +87,7 @@ def _report(
             "asked_share": recipe.prune.remove,
             "removed_share": 1 - after / before,
         },
+        "budget": _budget(session),
         "bytes": _bytes(session, before),
         "perplexity": _perplexity(session),
         "tokens_per_second": {
@@ -121,6 +130,12 @@ def _report(
         "limits": _limits(session),
     }
     return Report.model_validate(content)
+
+
+def _budget(session: Session) -> dict[str, Any]:
+    """Return what was asked for and reached, as the plan's file has it."""
+    plan = json.loads(session.path("plan.json").read_text(encoding="utf-8"))
+    return {"unit": plan["budget"], "asked_share": plan["asked"], "removed_share": plan["achieved"]}
 
 
 def _bytes(session: Session, parameters: int) -> dict[str, int]:

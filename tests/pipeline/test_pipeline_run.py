@@ -64,6 +64,10 @@ def test_the_report_says_what_the_files_are(finished):
     assert report.bytes.onnx == sum(
         (folder / "onnx" / name).stat().st_size for name in ("model.onnx", "model.onnx.data")
     )
+    plan = json.loads((folder / "plan.json").read_text())
+    budget = report.budget
+    assert (budget.unit, budget.asked_share, budget.removed_share) == ("parameters", 0.2, plan["achieved"])
+    assert report.model.opened_by == "from_pretrained"
     assert report.certificate.ok
     assert report.certificate.permuted_max_error <= 1e-9
     assert report.certificate.removed_max_error <= 1e-9
@@ -344,6 +348,8 @@ def test_layers_of_different_widths_come_through_to_the_end(bench, tmp_path):
         [sys.executable, "-c", code, str(folder / "model")], capture_output=True, text=True, check=True
     )
     assert done.stdout.split()[-2:] == [str(report.parameters.after), "LlamaForCausalLM"]
+    assert report.model.opened_by == "graphprune.load"
+    assert 'id="distribution' in (folder / "report.html").read_text()
     notes = {stage.name: stage.note for stage in report.stages}
     assert "opened by graphprune.load, for layers differ in width" in notes["reload"]
     assert "gp.load(" in (folder / "model" / "README.md").read_text()
