@@ -60,9 +60,7 @@ class LoftQConfig:
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
-            value = getattr(self, name)
-            # A string is a sequence of letters, each of them a valid expression: it surely means itself.
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, name, as_expressions(getattr(self, name)))
         object.__setattr__(self, "formats", _pairs(self.formats))
         for format in (self.format, self.embedding_format, *(format for _, format in self.formats)):
             if format is not None:
@@ -127,6 +125,11 @@ def _pairs(formats: object) -> tuple[tuple[str, str | int], ...]:
             'pass ((expression, format), …), such as (("down_proj$", 3),)',
         )
     return tuple((expression, format) for expression, format in pairs)
+
+
+def as_expressions(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Return expressions as a tuple; a string, which is a sequence of letters too, surely means itself."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def check_expressions(expressions: Iterable[str]) -> None:

@@ -25,7 +25,7 @@ from quant.ternary.tensor import PART_NAMES as TERNARY_PARTS
 
 SCHEMA = "graphprune.quant/1"
 TENSORS_FILE, INDEX_FILE = "quant.safetensors", "quant.json"
-REMEDY = "quantize the model again and save it with save_quantized"
+REMEDY = "quantize the model again, with save_quantized or loftq_checkpoint, whichever wrote it"
 
 
 def save_quantized(model: nn.Module, folder: Path | str) -> None:

@@ -8,6 +8,7 @@ is worth. Works on a quantized base too.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Gates:
         self.stand_ins: dict[str, StandIn] = {}
         self._open = False
         # Consumers of one activation (a layer and its adapter) share its gated form, which is made once a pass.
-        self._made: dict[str, tuple[Tensor, Tensor]] = {}
+        self._made: dict[str, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._handles = [
             model.get_submodule(consumer.parameter.rpartition(".")[0]).register_forward_pre_hook(
                 self._hook(consumer)
@@ -121,8 +122,8 @@ class Gates:
                 return None
             source, *rest = arguments
             made = self._made.get(consumer.source)
-            if made is None or made[0] is not source:
-                made = self._made[consumer.source] = (source, self._gated(consumer, source))
+            if made is None or made[0]() is not source:
+                made = self._made[consumer.source] = (weakref.ref(source), self._gated(consumer, source))
             return (made[1], *rest)
 
         return scale
@@ -138,9 +139,11 @@ class Gates:
         shape = [1] * source.dim()
         shape[consumer.dim] = -1
         factor = factor.view(shape).to(source.dtype)
-        gated = source * factor
         stand_in = self.stand_ins.get(consumer.source)
-        return gated if stand_in is None else gated + (1 - factor) * stand_in(source)
+        if stand_in is not None:
+            return source * factor + (1 - factor) * stand_in(source)
+        gated: Tensor = _Scaled.apply(source, factor)
+        return gated
 
     def _factor(self, owners: Mapping[str, Tensor]) -> Tensor:
         """Return the product of all gates on each index of an axis."""
@@ -150,6 +153,32 @@ class Gates:
             value = self.values[name][owner.clamp_min(0)]
             factors.append(torch.where(owner < 0, torch.ones_like(value), value))
         return torch.stack(factors).prod(0) if len(factors) > 1 else factors[0]
+
+
+class _Scaled(torch.autograd.Function):
+    """``source * factor``, which keeps for its backward only what the consumer keeps anyway: the result.
+
+    A factor of zero gets a gradient of zero: what it took away is not kept.
+    """
+
+    @staticmethod
+    def forward(source: Tensor, factor: Tensor) -> Tensor:
+        return source * factor
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        gated, factor = ctx.saved_tensors
+        to_source = to_factor = None
+        if ctx.needs_input_grad[0]:
+            to_source = gradient * factor
+        if ctx.needs_input_grad[1]:
+            summed = (gradient * gated).sum_to_size(factor.shape)
+            to_factor = torch.where(factor == 0, torch.zeros_like(summed), summed / factor)
+        return to_source, to_factor
 
 
 def _consumers(groups: NodeGroups, gated: Mapping[str, NodeGroup]) -> tuple[Consumer, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from quant.config import LoftQConfig, check_expressions
+from quant.config import LoftQConfig, as_expressions, check_expressions
 from quant.errors import QuantError
 
 NOT_LINEAR = (
@@ -31,8 +31,8 @@ class StreamConfig(LoftQConfig):
     Attributes:
         exclude: Regular expressions; a matrix with such a name is copied as it is. By default those that are
             no linear layers of a block.
-        stacked: Regular expressions; a tensor of three dimensions with such a name is a stack of matrices,
-            each quantized by itself under the name of the stack and its index.
+        stacked: Regular expressions, or a single one; a tensor of three dimensions with such a name is a stack of
+            matrices, each quantized by itself under the name of the stack and its index.
         shard_bytes: Most bytes of a file written; a single larger tensor gets a file of its own.
         peft_adapters: Whether the adapters are also written in PEFT's layout, to the folder `adapters`.
 
@@ -48,6 +48,7 @@ class StreamConfig(LoftQConfig):
 
     def __post_init__(self) -> None:
         LoftQConfig.__post_init__(self)  # a class with slots is made twice, which breaks super()
+        object.__setattr__(self, "stacked", as_expressions(self.stacked))
         check_expressions(self.stacked)
         if self.shard_bytes < 1:
             raise QuantError(f"files of {self.shard_bytes} bytes", "allow at least one byte")

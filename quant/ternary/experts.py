@@ -11,8 +11,8 @@ from torch import Tensor
 from quant.blockwise import check_weight, quantize
 from quant.errors import QuantError
 from quant.packing import packed_size
-from quant.quantized import QuantizedTensor, block_count
-from quant.scales import Storage, store_scales
+from quant.quantized import QuantizedTensor, block_count, check_block_size
+from quant.scales import Storage, check_storage, store_scales
 from quant.ternary.compensation import compensated_symbols, squared_output_error
 from quant.ternary.grid import Levels, as_stored, check_grid, row_grid
 from quant.ternary.tensor import TernaryTensor, encode_ternary
@@ -51,6 +51,14 @@ class TernaryConfig:
         check_grid(self.levels, self.zeros)
         if not (math.isfinite(self.damping) and self.damping > 0):
             raise QuantError(f"a damping of {self.damping}", "use a small positive number, such as 0.1")
+        if not isinstance(self.fewest_tokens, int) or self.fewest_tokens < 0:
+            raise QuantError(f"fewest_tokens of {self.fewest_tokens!r}", "use a whole number, such as 8")
+        for name in ("most_bits", "most_error"):
+            limit = getattr(self, name)
+            if limit is not None and not (math.isfinite(limit) and limit > 0):
+                raise QuantError(f"{name} of {limit}", "use a positive number, or None for no limit")
+        check_block_size(self.block_size)
+        check_storage(self.scale_storage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -447,6 +447,12 @@ def test_a_wrong_setting_is_refused(setting: dict, match: str) -> None:
         StreamConfig(**setting)
 
 
+def test_a_single_expression_need_not_stand_in_a_tuple() -> None:
+    config = StreamConfig(stacked="experts")
+    assert config.takes_stack("mlp.experts.up")
+    assert not config.takes_stack("sorted")  # holds letters of it
+
+
 def test_each_expert_of_a_stack_is_a_layer_of_its_own(tmp_path: Path) -> None:
     stack = torch.randn(3, 32, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
     tensors = {"layers.0.mlp.experts.up_proj": stack, "layers.0.mlp.gate.weight": torch.ones(3, 48)}

@@ -481,9 +481,22 @@ def test_what_does_not_fit_is_refused(arguments: tuple[Tensor, ...], problem: st
         quantize_experts(*arguments)
 
 
-@pytest.mark.parametrize("wrong", [{"levels": "widest"}, {"zeros": 1.0}, {"damping": 0.0}])
-def test_a_wrong_config_is_refused(wrong: Any) -> None:
-    with pytest.raises(QuantError):
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"levels": "widest"}, "widest"),
+        ({"zeros": 1.0}, "share of 1.0 zeros"),
+        ({"damping": 0.0}, "damping of 0.0"),
+        ({"fewest_tokens": -1}, "fewest_tokens of -1"),
+        ({"fewest_tokens": 0.5}, "fewest_tokens of 0.5"),
+        ({"most_bits": 0.0}, "most_bits of 0.0"),
+        ({"most_error": math.nan}, "most_error of nan"),
+        ({"block_size": 48}, "block of 48"),
+        ({"scale_storage": "float8"}, "float8"),
+    ],
+)
+def test_a_wrong_config_is_refused(wrong: Any, match: str) -> None:
+    with pytest.raises(QuantError, match=match):
         TernaryConfig(**wrong)
 
 

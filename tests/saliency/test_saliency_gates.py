@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from tiny_models import tiny_llama, traced
@@ -147,3 +149,60 @@ def test_no_calibration_text_is_an_error(own):
     empty = Evidence(own.model, own.groups, gates, [], Objective(logits_of(own.model), None, 0.0, False))
     with pytest.raises(TrainingError, match="calibration set is empty"):
         saliency_named("fisher")(empty)
+
+
+def test_gates_on_their_way_to_zero_have_the_gradients_of_a_product(own):
+    name = own.of_kind("ffn")[1]
+    gates = Gates(own.model, own.groups, [name])
+    down = own.model.get_submodule(gates.consumers[0].parameter.rpartition(".")[0])
+    with torch.no_grad():
+        gates.values[name].copy_(torch.linspace(0, 1, len(gates.values[name])))
+    seen = {}
+
+    def keep(module, arguments):
+        seen["gated"] = arguments[0]
+        arguments[0].retain_grad()
+
+    loss = Objective(logits_of(own.model), None, 0.0, False)
+    with down.register_forward_pre_hook(keep):  # behind the gates' own hook
+        loss(IDS).backward()
+    gated, gradient = seen["gated"].detach(), seen["gated"].grad
+    expected = (gradient * gated).flatten(0, -2).sum(0)[1:] / gates.values[name].detach()[1:]
+    found = gates.gradients()[name]
+    torch.testing.assert_close(found[1:], expected, atol=1e-7, rtol=1e-4)
+    assert found[0] == 0  # what a gate of zero takes away is not kept
+
+
+def test_what_lies_before_a_gate_gets_its_share_of_the_gradient(own):
+    name = own.of_kind("ffn")[1]
+    gates = Gates(own.model, own.groups, [name])
+    down = own.model.get_submodule(gates.consumers[0].parameter.rpartition(".")[0])
+    with torch.no_grad():
+        gates.values[name].copy_(torch.linspace(0, 1, len(gates.values[name])))
+    seen = []
+
+    def keep(module, arguments):
+        seen.append(arguments[0])
+        arguments[0].retain_grad()
+
+    loss = Objective(logits_of(own.model), None, 0.0, False)
+    with down.register_forward_pre_hook(keep, prepend=True), down.register_forward_pre_hook(keep):
+        loss(IDS).backward()
+    source, gated = seen
+    torch.testing.assert_close(source.grad, gated.grad * gates.values[name].detach())
+
+
+def test_activations_in_front_of_gates_are_not_kept(own):
+    name = own.of_kind("ffn")[1]
+    gates = Gates(own.model, own.groups, [name])
+    down = own.model.get_submodule(gates.consumers[0].parameter.rpartition(".")[0])
+    sources = []
+
+    def note(module, arguments):
+        sources.append(weakref.ref(arguments[0]))
+
+    with down.register_forward_pre_hook(note, prepend=True):
+        loss = Objective(logits_of(own.model), None, 0.0, False)(IDS)
+    assert sources[0]() is None
+    loss.backward()
+    gates.close()
