@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphprune.prune.paper_mode import PaperChoices as PaperChoices
     from graphprune.prune.param_groups import param_groups as param_groups
     from graphprune.prune.trainer_callback import LHSPGCallback as LHSPGCallback
+    from graphprune.shrink.load import load as load
     from graphprune.shrink.model import shrink as shrink
     from graphprune.shrink.optimizer import shrink_optimizer as shrink_optimizer
     from graphprune.shrink.plan import Plan as Plan
@@ -36,6 +37,7 @@ _HOME = {
     "PaperChoices": "graphprune.prune.paper_mode",
     "Plan": "graphprune.shrink.plan",
     "certify": "graphprune.certify",
+    "load": "graphprune.shrink.load",
     "node_groups": "graphprune.coupling.groups",
     "param_groups": "graphprune.prune.param_groups",
     "rule": "graphprune.coupling.rules",
@@ -54,6 +56,7 @@ __all__ = [
     "PaperChoices",
     "Plan",
     "certify",
+    "load",
     "node_groups",
     "param_groups",
     "rule",

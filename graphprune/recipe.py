@@ -102,7 +102,7 @@ class Prune(_Section):
 
     method: str = Field(default="lhspg", description="lhspg, one_shot or loraprune")
     remove: Rate = Field(default=0.2, description="share of what `budget` names")
-    budget: str = Field(default="parameters", description="parameters, macs, kv_bytes or bytes")
+    budget: str = Field(default="parameters", description="parameters, macs, kv_bytes, bytes or latency")
     layout: Literal["uniform", "per_layer"] = Field(
         default="uniform", description="uniform: one width for all layers; per_layer: each its own"
     )
@@ -111,7 +111,12 @@ class Prune(_Section):
         description="kind: scores of each kind count as much, for what they cost, as any other's",
     )
     keep_at_least: Share = Field(default=0.1, description="share of its units that each group keeps")
-    sequence: Positive = Field(default=1024, description="for budget macs: positions that a token attends to")
+    sequence: Positive = Field(
+        default=1024, description="for budgets macs and latency: positions that a token attends to"
+    )
+    latency_tokens: Positive = Field(
+        default=1, description="for budget latency: tokens at once; 1: decoding, more: a prompt"
+    )
     weight_bits: Bits = Field(
         default=4.5, description="for budget bytes: of a matrix's weight, scales included"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from graphprune import __version__
 from graphprune.errors import ShrinkError
 from graphprune.files import replacing, write_json, write_text
 from graphprune.pipeline.session import Session
+from graphprune.shrink.load import KEY, RECORD, Difference, load
 from graphprune.shrink.plan import Plan
-from graphprune.source.model import ModelSource, load_model
 from quant.linear import QuantLinear
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,9 @@ tags: [graphprune, pruned]
 # {name}, pruned
 
 {removed:.1%} of the parameters of `{source}` were removed by graphprune {version} (structured pruning: whole units of
-{kinds}; every layer has the same widths). `graphprune.json` holds which units went.
+{kinds}; {widths}). `graphprune.json` holds which units went.
 
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained("{folder}")
+{opening}
 
 Its licence is that of the model it was made from.
 """
@@ -43,19 +43,30 @@ tags: [graphprune, pruned]
 The pruned model beside this folder after its recovery: adapters were trained by graphprune {version} and merged.
 `graphprune.json` holds which units went.
 
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained("recovered")
+{opening}
 
 Its licence is that of the model it was made from.
 """
 
+_STOCK = """    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("{folder}")"""
+
+_UNEVEN = """A transformers configuration has one width for all layers, so `from_pretrained` does not open this folder.
+What the layers are is in `graphprune.json`, and graphprune builds the stock class by it:
+
+    import graphprune as gp
+    model = gp.load("{folder}")"""
+
 
 def save_model(session: Session, model: Any, plan: Plan, surgery_error: float) -> None:
-    """Write the smaller model as a transformers folder, after stock transformers has opened it again.
+    """Write the smaller model as a transformers folder, after it has been opened again.
+
+    If its configuration describes it, stock transformers opens the folder. Else the record beside the weights says
+    what the layers are, and `graphprune.load` opens it.
 
     Args:
         session: The run.
-        model: The smaller model, adapters merged, with its fitting configuration.
+        model: The smaller model, adapters merged.
         plan: What was removed.
         surgery_error: Distance of its logits from the masked model's.
 
@@ -68,8 +79,7 @@ def save_model(session: Session, model: Any, plan: Plan, surgery_error: float) -
     with replacing(folder) as temporary:
         model.save_pretrained(temporary)
         session.inputs.tokenizer.save_pretrained(temporary)
-        _check_reload(model, temporary, session.examples)
-        record = {
+        record: dict[str, Any] = {
             "schema": "graphprune.model/1",
             "graphprune_version": __version__,
             "source": session.inputs.source.name,
@@ -77,7 +87,11 @@ def save_model(session: Session, model: Any, plan: Plan, surgery_error: float) -
             "surgery_error": surgery_error,
             "removed": {name: list(units) for name, units in plan.items()},
         }
-        write_json(temporary / "graphprune.json", record)
+        difference = Difference.of(model)
+        if difference.shapes:
+            record[KEY] = difference.model_dump()
+        write_json(temporary / RECORD, record)
+        _check_reload(model, temporary, session.examples)
         kinds = sorted({session.groups[name].kind.replace("_", " ") for name in plan})
         card = _CARD.format(
             name=session.inputs.source.name,
@@ -85,7 +99,8 @@ def save_model(session: Session, model: Any, plan: Plan, surgery_error: float) -
             source=session.inputs.source.name,
             version=__version__,
             kinds=", ".join(kinds),
-            folder=folder.name,
+            widths="layers differ in width" if difference.shapes else "every layer has the same widths",
+            opening=(_UNEVEN if difference.shapes else _STOCK).format(folder=folder.name),
         )
         write_text(temporary / "README.md", card)
 
@@ -103,10 +118,14 @@ def save_recovered(session: Session, model: Any) -> None:
     with replacing(session.path("recovered")) as temporary:
         model.save_pretrained(temporary)
         session.inputs.tokenizer.save_pretrained(temporary)
+        record = session.path(f"model/{RECORD}").read_text(encoding="utf-8")
+        write_text(temporary / RECORD, record)
         _check_reload(model, temporary, session.examples)
-        record = session.path("model/graphprune.json").read_text(encoding="utf-8")
-        write_text(temporary / "graphprune.json", record)
-        card = _RECOVERED_CARD.format(name=session.inputs.source.name, version=__version__)
+        card = _RECOVERED_CARD.format(
+            name=session.inputs.source.name,
+            version=__version__,
+            opening=(_UNEVEN if KEY in json.loads(record) else _STOCK).format(folder="recovered"),
+        )
         write_text(temporary / "README.md", card)
 
 
@@ -139,14 +158,14 @@ def save_adapter(session: Session, model: Any) -> None:
 
 
 def _check_reload(model: Any, folder: Path, examples: dict[str, Any]) -> None:
-    reopened = load_model(ModelSource("reopened", str(folder), True))
+    reopened = load(folder, torch.float32)
     model.eval()
     with torch.no_grad():
         ours, theirs = model(**examples).logits, reopened(**examples).logits
     if ours.shape != theirs.shape or not torch.equal(ours, theirs):
         raise ShrinkError(
-            "the smaller model computes something else after save_pretrained and from_pretrained",
-            "please report this architecture: its configuration does not describe the smaller model",
+            "the smaller model computes something else after it was saved and opened again",
+            "please report this architecture: what was saved does not describe the smaller model",
         )
 
 

@@ -14,8 +14,9 @@ from graphprune.coupling.groups import NodeGroups, node_groups
 from graphprune.pipeline.folder import RunFolder
 from graphprune.pipeline.inputs import Inputs
 from graphprune.pipeline.progress import Reporter
+from graphprune.shrink.load import load
 from graphprune.source.adapters import attach_adapters
-from graphprune.source.model import ModelSource, example_inputs, load_model
+from graphprune.source.model import example_inputs, load_model
 from graphprune.source.perplexity import perplexity, torch_logits
 from graphprune.trace.model import trace
 from quant.storage import load_quantized_
@@ -86,20 +87,17 @@ class Session:
         for name in ("dense", "examples"):
             self.__dict__.pop(name, None)
 
-    @property
-    def small_source(self) -> ModelSource:
-        """The pruned model's folder."""
-        return ModelSource("pruned", str(self.folder / "model"), True)
-
     def pruned(self) -> Any:
         """Return the pruned float model, a fresh copy from the folder."""
-        return load_model(self.small_source)
+        model = load(self.folder / "model", torch.float32)
+        return model.requires_grad_(False)
 
     def unquantized(self) -> Any:
         """Return the float model that is quantized: the pruned one, or the recovered one if that comes first."""
         if self.recipe.recover.base == "quantized":
             return self.pruned()
-        return load_model(ModelSource("recovered", str(self.folder / "recovered"), True))
+        model = load(self.folder / "recovered", torch.float32)
+        return model.requires_grad_(False)
 
     @property
     def quantized(self) -> Any:

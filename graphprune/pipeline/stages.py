@@ -25,6 +25,7 @@ from graphprune.prune.budget import Budget, targets
 from graphprune.prune.methods.registry import Pruned, Task, method_named
 from graphprune.prune.precision import use_bfloat16
 from graphprune.prune.target import recipe_budget, recipe_distribution
+from graphprune.prune.timing import TimeTable
 from graphprune.prune.training import Row
 from graphprune.recover.recovery import Recovered, recover
 from graphprune.report.distribution_picture import distribution_picture
@@ -32,6 +33,7 @@ from graphprune.report.group_document import group_document
 from graphprune.report.group_files import write_groups
 from graphprune.shrink.biases import allow_biases, config_with_biases
 from graphprune.shrink.config import fit_config
+from graphprune.shrink.load import is_uneven
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
 from graphprune.source.adapters import attach_adapters, plain_paths
@@ -136,8 +138,9 @@ def _cut(session: Session, pruned: Pruned) -> tuple[Any, float]:
             f"the smaller model's logits are off by {distance:.1e} of the masked model's",
             "please report this model",
         )
-    config = allow_biases(session.inputs.config, small)
-    small.config = fit_config(config, small, groups, pruned.plan)
+    uniform = pruned.budget.is_uniform(groups)
+    config = allow_biases(session.inputs.config if uniform else small.config, small)
+    small.config = fit_config(config, small, groups, pruned.plan) if uniform else config
     return small, distance
 
 
@@ -171,12 +174,15 @@ def _budget(session: Session, scores: Mapping[str, torch.Tensor]) -> Budget:
         write_text(
             session.path("graph/distribution.svg"), distribution_picture(distribution.rows(groups)) + "\n"
         )
-    budget = recipe_budget(groups, settings, scores, counted=session.counted, distribution=distribution)
-    if not budget.is_uniform(groups):
+    times = TimeTable(session.path("graph/latency.json"), device=session.dense.device)
+    budget = recipe_budget(
+        groups, settings, scores, counted=session.counted, distribution=distribution, times=times
+    )
+    if settings.layout == "uniform" and not budget.is_uniform(groups):
         raise BudgetError(
             f"layers would have different widths ({_widths(groups, budget)}), which stock "
             f"{type(session.dense).__name__} does not open again",
-            "set prune.layout to uniform, or prune in Python: graphprune.shrink makes any layout",
+            "set prune.layout to per_layer: graphprune.load opens such a model",
         )
     return budget
 
@@ -191,11 +197,14 @@ def _widths(groups: NodeGroups, budget: Budget) -> str:
 
 
 def reload_stage(session: Session) -> str:
-    """Open the smaller model as stock transformers does, compare, and measure it."""
+    """Open the smaller model as its user will, and measure it."""
     session.detach_adapters()
     value = session.judge(session.pruned(), "pruned")
     session.folder.remember(perplexity_pruned=value)
-    return f"opened by AutoModelForCausalLM; perplexity {value:.2f}"
+    opened = "AutoModelForCausalLM"
+    if is_uneven(session.path("model")):
+        opened = "graphprune.load, for layers differ in width and stock from_pretrained does not open them"
+    return f"opened by {opened}; perplexity {value:.2f}"
 
 
 def quantize_stage(session: Session) -> str:

@@ -18,11 +18,13 @@ import torch
 from graphprune.export.verify import LARGEST_KL, LEAST_TOP1, TOLERANCE, WEIGHT_TOLERANCE
 from graphprune.files import size_of, write_json
 from graphprune.pipeline.session import Session
+from graphprune.prune.timing import processor
 from graphprune.report.group_page import main_picture
 from graphprune.report.page import write_report
 from graphprune.report.pictures import training_picture, widths_picture
 from graphprune.report.recovery_picture import recovery_picture
 from graphprune.report.schema import Report
+from graphprune.shrink.load import is_uneven
 
 _PACKAGES = (
     "graphprune",
@@ -52,6 +54,7 @@ def report_stage(session: Session, order: list[str], reused: list[str], command:
     pictures = {
         "groups": main_picture(document),
         "widths": widths_picture([width.model_dump() for width in report.widths]),
+        "distribution": _drawn(session.path("graph/distribution.svg")),
         "training": training_picture(metrics),
         "recovery": recovery_picture(report.recovery),
     }
@@ -63,6 +66,11 @@ def report_stage(session: Session, order: list[str], reused: list[str], command:
         "recovery": "training/recovery.svg",
     }
     write_report(session.folder.path, report, pictures, paths)
+
+
+def _drawn(path: Path) -> str:
+    """Return a picture that a stage drew; empty if it did not."""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _report(
@@ -77,6 +85,7 @@ def _report(
             "name": session.inputs.source.name,
             "source": recipe.model.id,
             "architecture": (getattr(session.inputs.config, "architectures", None) or ["unknown"])[0],
+            "opened_by": "graphprune.load" if is_uneven(session.path("model")) else "from_pretrained",
         },
         "parameters": {
             "before": before,
@@ -84,6 +93,7 @@ def _report(
             "asked_share": recipe.prune.remove,
             "removed_share": 1 - after / before,
         },
+        "budget": _budget(session),
         "bytes": _bytes(session, before),
         "perplexity": _perplexity(session),
         "tokens_per_second": {
@@ -127,6 +137,12 @@ def _report(
         "limits": _limits(session),
     }
     return Report.model_validate(content)
+
+
+def _budget(session: Session) -> dict[str, Any]:
+    """Return what was asked for and reached, as the plan's file has it."""
+    plan = json.loads(session.path("plan.json").read_text(encoding="utf-8"))
+    return {"unit": plan["budget"], "asked_share": plan["asked"], "removed_share": plan["achieved"]}
 
 
 def _bytes(session: Session, parameters: int) -> dict[str, int]:
@@ -193,6 +209,17 @@ def _limits(session: Session) -> list[str]:
         "real training budget.",
         "Speeds are those of this machine at batch 1, the best of two alternating rounds, with whatever else it did.",
         "Nothing here measures knowledge, safety or behaviour in conversation: test what you ship.",
+        *_opening(session),
+    ]
+
+
+def _opening(session: Session) -> list[str]:
+    """Return what to know before opening the float model."""
+    if not is_uneven(session.path("model")):
+        return []
+    return [
+        "Layers of the pruned float model differ in width: stock from_pretrained does not open its folder, and "
+        "graphprune.load does. The ONNX model runs as any other."
     ]
 
 
@@ -201,7 +228,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count() or 1,
         "memory_bytes": psutil.virtual_memory().total,
     }
@@ -211,12 +238,3 @@ def versions() -> dict[str, str]:
     """Return the versions of the packages that a result depends on."""
     # The GPU build of onnxruntime is another package, so its version is asked of the module.
     return {name: version(name) for name in _PACKAGES} | {"onnxruntime": onnxruntime.__version__}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphprune.errors import BudgetError
-from graphprune.prune.polynomial import Polynomial
+from graphprune.prune.polynomial import CostFunction
 
 Numbers = NDArray[np.float64]
 
@@ -59,7 +59,7 @@ class Allocation:
     lost: float
 
 
-def smallest_step(items: Sequence[Item], cost: Polynomial) -> float:
+def smallest_step(items: Sequence[Item], cost: CostFunction) -> float:
     """Return the least that removing units from one item alone takes off the cost; infinity if nothing does."""
     full = {item.name: item.size for item in items}
     before = cost(full)
@@ -69,7 +69,7 @@ def smallest_step(items: Sequence[Item], cost: Polynomial) -> float:
     return min((step for step in steps if step > 0), default=math.inf)
 
 
-def allocate(items: Sequence[Item], cost: Polynomial, *, goal: float, tolerance: float) -> Allocation:
+def allocate(items: Sequence[Item], cost: CostFunction, *, goal: float, tolerance: float) -> Allocation:
     """Return the allocation that loses least among those whose cost is the goal within a tolerance.
 
     If there is none, that whose cost is nearest. Nothing removed is no allocation. Exact as long as no more than
@@ -89,7 +89,7 @@ def allocate(items: Sequence[Item], cost: Polynomial, *, goal: float, tolerance:
     best: tuple[tuple[float, ...], Allocation] | None = None
     for tried in _tried(shared):
         rest = cost.fixed({item.name: item.size - item.choices[0] for item in tried})
-        states = _States.at(rest.terms.get((), 0.0), sum(item.lost[0] for item in tried))
+        states = _States.at(rest.base, sum(item.lost[0] for item in tried))
         for place, block in enumerate(blocks, start=1):
             # The last block's states are all looked at: among so many, one comes near any goal.
             states = states.extended(_options(block, rest), MOST_STATES if place < len(blocks) else None)
@@ -102,12 +102,12 @@ def allocate(items: Sequence[Item], cost: Polynomial, *, goal: float, tolerance:
     return best[1]
 
 
-def _blocks(items: Sequence[Item], cost: Polynomial) -> tuple[list[Item], list[list[Item]]]:
+def _blocks(items: Sequence[Item], cost: CostFunction) -> tuple[list[Item], list[list[Item]]]:
     """Part items into those to be tried one by one, and blocks whose costs then add up."""
     of_name = {item.name: item for item in items}
     graph: nx.Graph[str] = nx.Graph()
     graph.add_nodes_from(of_name)
-    for names in cost.terms:
+    for names in cost.products():
         graph.add_edges_from(itertools.combinations({name for name in names if name in of_name}, 2))
     shared: list[Item] = []
     while True:
@@ -144,14 +144,13 @@ class _Options:
     removed: Mapping[str, NDArray[np.int64]]
 
 
-def _options(block: Sequence[Item], cost: Polynomial) -> _Options:
+def _options(block: Sequence[Item], cost: CostFunction) -> _Options:
     """Return all joint choices of a block's items, at its terms of the cost."""
     grids = np.meshgrid(*(np.arange(len(item.choices)) for item in block), indexing="ij")
     picked = {item.name: grid.ravel() for item, grid in zip(block, grids, strict=True)}
     removed = {item.name: np.array(item.choices)[picked[item.name]] for item in block}
     lost = sum(np.array(item.lost)[picked[item.name]] for item in block)
-    own = Polynomial({names: c for names, c in cost.terms.items() if names and names[0] in removed})
-    costs = own({item.name: item.size - removed[item.name] for item in block})
+    costs = cost.involving(removed)({item.name: item.size - removed[item.name] for item in block})
     return _Options(np.zeros(grids[0].size) + costs, np.zeros(grids[0].size) + lost, removed)
 
 

@@ -132,8 +132,9 @@ def allot(
 ) -> Budget:
     """Share a budget out among groups so that the least is lost.
 
-    Of all allocations within half a step of the target (a step being the least that any choice can save) the one that
-    loses least is taken. Stock model classes know one width for all layers, so a uniform layout loads everywhere.
+    Of all allocations within half a step of the target (a step being the least that any choice can save, or that a
+    measurement can tell) the one that loses least is taken. Stock model classes know one width for all layers, so a
+    uniform layout loads everywhere.
 
     Args:
         groups: The node groups.
@@ -150,8 +151,9 @@ def allot(
     multiple = dict(width_multiple or {})
     families = _families(groups, curves, layout)
     items = [_item(family, groups, curves, multiple, keep_at_least) for family in families]
-    tied = cost.polynomial.renamed({name: family[0] for family in families for name in family})
-    step, before = smallest_step(items, tied), cost()
+    tied = cost.function.renamed({name: family[0] for family in families for name in family})
+    before = cost()
+    step = max(smallest_step(items, tied), tied.resolution * before)
     kinds = ", ".join(sorted({groups[name].kind for name in curves}))
     if step == math.inf:
         raise BudgetError(

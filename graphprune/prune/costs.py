@@ -1,10 +1,11 @@
 """What a model costs, as a function of how many units each group keeps.
 
-Each cost is a polynomial, exact for any surgery: no model is built to find out what it would cost.
+Counts are polynomials, exact for any surgery: no model is built to find out what it would cost.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +13,13 @@ from functools import partial
 from typing import Any
 
 from graphprune.coupling.groups import NodeGroups
-from graphprune.coupling.layout import Layout, atoms_of, find
 from graphprune.errors import BudgetError, RecipeError
-from graphprune.prune.polynomial import Polynomial, UnitSizes
-from graphprune.trace.graph import Operator, Value
+from graphprune.prune.contractions import Contraction, Product, axes_of, contractions, size_without_input
+from graphprune.prune.polynomial import CostFunction, Polynomial, UnitSizes
+from graphprune.trace.graph import Value
+
+Times = Callable[[Product], float]
+"""From a matrix product to its seconds."""
 
 _BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "int64": 64, "int32": 32, "int8": 8}
 
@@ -30,6 +34,8 @@ class Measured:
         sequence: For `macs`: how many positions a token attends to, itself included.
         bits: For `bytes`: bits of a weight on disk, by parameter; others take those of their type.
         cache_bits: For `kv_bytes`: bits of a cached number.
+        tokens: For `latency`: how many go through the model at once.
+        times: For `latency`: from a matrix product to its measured seconds.
     """
 
     groups: NodeGroups
@@ -37,6 +43,8 @@ class Measured:
     sequence: int = 1024
     bits: Mapping[str, float] = field(default_factory=dict)
     cache_bits: int = 16
+    tokens: int = 1
+    times: Times | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +53,12 @@ class Cost:
 
     Attributes:
         name: What is counted.
-        polynomial: In units kept, by group name.
+        function: Of units kept, by group name.
         sizes: Units of each group whose units may go.
     """
 
     name: str
-    polynomial: Polynomial
+    function: CostFunction
     sizes: Mapping[str, int]
 
     def __call__(self, kept: Mapping[str, Any] | None = None) -> Any:
@@ -59,12 +67,14 @@ class Cost:
         Args:
             kept: Numbers of units, or arrays of them of one shape, by group name.
         """
-        return self.polynomial({**self.sizes, **(kept or {})})
+        return self.function({**self.sizes, **(kept or {})})
 
 
-Counting = Callable[[Measured, UnitSizes], Polynomial]
+Counting = Callable[[Measured, UnitSizes], CostFunction]
 
 _COSTS: dict[str, Counting] = {}
+_ELSEWHERE = ("graphprune.prune.latency",)
+"""Modules that register further costs."""
 
 
 def cost(name: str) -> Callable[[Counting], Counting]:
@@ -83,6 +93,8 @@ def check_cost(name: str) -> None:
     Raises:
         RecipeError: If there is none.
     """
+    for module in _ELSEWHERE:
+        importlib.import_module(module)
     if name not in _COSTS:
         raise RecipeError.unknown("cost", name, _COSTS, key="prune.budget")
 
@@ -91,7 +103,7 @@ def cost_named(name: str, measured: Measured, names: Collection[str]) -> Cost:
     """Return a registered cost of a model.
 
     Args:
-        name: Which: ``parameters``, ``macs``, ``kv_bytes``, ``bytes``, or one that was registered.
+        name: Which: ``parameters``, ``macs``, ``kv_bytes``, ``bytes``, ``latency``, or one that was registered.
         measured: What is counted.
         names: Groups whose units may go.
 
@@ -128,8 +140,7 @@ def macs(measured: Measured, sizes: UnitSizes) -> Polynomial:
     """
     return _sum(
         _products(contraction, measured, sizes)
-        for contraction in _contractions(measured)
-        if not _adapts(contraction.operator, measured)
+        for contraction in contractions(measured.groups, measured.counted)
     )
 
 
@@ -140,12 +151,16 @@ def kv_bytes(measured: Measured, sizes: UnitSizes) -> Polynomial:
     Raises:
         BudgetError: If nothing in the model attends.
     """
-    cached = [value for contraction in _contractions(measured) for value in contraction.cached]
+    cached = [
+        value
+        for contraction in contractions(measured.groups, measured.counted)
+        for value in contraction.cached
+    ]
     if not cached:
         raise BudgetError("this model keeps no keys and values", "ask for a budget of parameters instead")
     per_token = _sum(
         math.prod(
-            (_size(axis, sizes, repeated=False) for axis in _axes(measured, value)),
+            (size_without_input(axis, sizes, repeated=False) for axis in axes_of(measured.groups, value)),
             start=Polynomial.constant(1),
         )
         for value in cached
@@ -194,83 +209,17 @@ def _weights(measured: Measured, sizes: UnitSizes) -> Iterator[tuple[Value, Poly
             yield value, math.prod(lengths, start=Polynomial.constant(1))
 
 
-@dataclass(frozen=True, slots=True)
-class _Contraction:
-    """An operator that sums products.
-
-    Attributes:
-        operator: The operator.
-        operands: What it multiplies.
-        summed: The axes that it sums over.
-        attends: Whether its operands are both computed from the input by way of parameters.
-    """
-
-    operator: Operator
-    operands: tuple[Value, ...]
-    summed: tuple[Layout, ...]
-    attends: bool
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether it is the whole of an attention: q kᵀ, then values."""
-        return self.attends and self.operator["value"] is not None
-
-    @property
-    def cached(self) -> tuple[Value, ...]:
-        """What attention reads of earlier tokens: key and value, or the second operand of one of its products."""
-        if self.is_fused:
-            return self.operator["key"], self.operator["value"]
-        return self.operands[1:2] if self.attends else ()
-
-
-def _contractions(measured: Measured) -> list[_Contraction]:
-    dependence = measured.groups.graph.dependence
-    mixed = dependence.on_inputs & dependence.on_parameters
-    found: dict[str, _Contraction] = {}
-    for operator, operands in measured.groups.contractions():
-        earlier = found[operator.name].summed if operator.name in found else ()
-        values = tuple(value for value, _ in operands)
-        attends = all(value.name in mixed for value in values)
-        found[operator.name] = _Contraction(operator, values, (*earlier, operands[0][1]), attends)
-    return list(found.values())
-
-
-def _products(contraction: _Contraction, measured: Measured, sizes: UnitSizes) -> Polynomial:
+def _products(contraction: Contraction, measured: Measured, sizes: UnitSizes) -> Polynomial:
     """Return how many products a token costs: the result's size times the length of the sum."""
-    operator = contraction.operator
-    output = operator.outputs[0]
-    axes = _axes(measured, output) if output else []
+    output = contraction.operator.outputs[0]
+    axes = axes_of(measured.groups, output) if output else []
     # Attention sums over positions too, which count once; others over features, of the input's own perhaps.
-    length_of = partial(_size, sizes=sizes) if contraction.attends else sizes.length
+    length_of = partial(size_without_input, sizes=sizes) if contraction.attends else sizes.length
     length = math.prod(map(length_of, contraction.summed), start=Polynomial.constant(1))
     if contraction.is_fused:
-        length = length + _size(axes.pop(), sizes)
-    window = operator["weight"].shape[2:] if operator.target.startswith("aten.conv") else ()
-    factor = math.prod(window) * (measured.sequence if contraction.attends else 1)
-    return math.prod((_size(axis, sizes) for axis in axes), start=Polynomial.constant(factor)) * length
-
-
-def _adapts(operator: Operator, measured: Measured) -> bool:
-    """Whether an operator reads a parameter that does not count."""
-    return any(value.role == "parameter" and value.name not in measured.counted for value in operator.inputs)
-
-
-def _axes(measured: Measured, value: Value) -> list[Layout]:
-    axes = measured.groups.axes(value.name)
-    if axes is None:
-        raise BudgetError(
-            f"the size of '{value.name}' is not known for other numbers of units",
-            "ask for a budget of parameters instead",
-        )
-    return list(axes)
-
-
-def _size(axis: Layout, sizes: UnitSizes, *, repeated: bool = True) -> Polynomial:
-    """Return the length of an axis without what comes from the model's input, and without repetition if told so."""
-    axis = find(axis)
-    if axis.form == "product":
-        parts = (_size(part, sizes, repeated=repeated) for part in axis.parts)
-        return math.prod(parts, start=Polynomial.constant(1))
-    if all(atom.anchored for atom in atoms_of(axis)) or (not repeated and "repeated" in axis.marks):
-        return Polynomial.constant(1)
-    return sizes.length(axis)
+        length = length + size_without_input(axes.pop(), sizes)
+    factor = contraction.window * (measured.sequence if contraction.attends else 1)
+    return (
+        math.prod((size_without_input(axis, sizes) for axis in axes), start=Polynomial.constant(factor))
+        * length
+    )

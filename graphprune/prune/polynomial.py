@@ -9,10 +9,37 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.coupling.layout import Layout, find
+
+
+class CostFunction(Protocol):
+    """A cost as a function of variables, by their names; a sum of terms."""
+
+    @property
+    def base(self) -> float:
+        """What depends on no variable."""
+
+    @property
+    def resolution(self) -> float:
+        """The share of the whole below which a difference says nothing."""
+
+    def __call__(self, values: Mapping[str, Any]) -> Any:
+        """Return the value at numbers, or the values at arrays of one shape."""
+
+    def products(self) -> Iterable[tuple[str, ...]]:
+        """Return the variables of each term."""
+
+    def involving(self, names: Collection[str]) -> Self:
+        """Return the sum of the terms that have one of these variables."""
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """Return it with variables called by other names; several may be given the same."""
+
+    def fixed(self, values: Mapping[str, float]) -> Self:
+        """Return it with some of the variables replaced by numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +87,24 @@ class Polynomial:
             coefficient * math.prod(values[name] for name in names)
             for names, coefficient in self.terms.items()
         )
+
+    @property
+    def base(self) -> float:
+        """The constant term."""
+        return self.terms.get((), 0.0)
+
+    @property
+    def resolution(self) -> float:
+        """None: what is counted is exact."""
+        return 0.0
+
+    def products(self) -> Iterable[tuple[str, ...]]:
+        """Return the variables of each term."""
+        return self.terms.keys()
+
+    def involving(self, names: Collection[str]) -> Polynomial:
+        """Return the sum of the terms that have one of these variables."""
+        return Polynomial({product: c for product, c in self.terms.items() if set(product) & set(names)})
 
     def renamed(self, names: Mapping[str, str]) -> Polynomial:
         """Return it with variables called by other names; several may be given the same."""

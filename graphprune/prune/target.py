@@ -11,7 +11,7 @@ from torch import Tensor
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import BudgetError, RecipeError
 from graphprune.prune.budget import Budget, Curve, allot, normalised_by_kind, score_curves, targets
-from graphprune.prune.costs import Cost, Measured, bits_by_use, cost_named
+from graphprune.prune.costs import Cost, Measured, Times, bits_by_use, cost_named
 from graphprune.prune.distribution import Distribution, measure_distribution
 from graphprune.prune.training import Objective, logits_of
 from graphprune.recipe import Prune
@@ -20,7 +20,12 @@ from graphprune.source.text import Windows
 
 
 def recipe_cost(
-    groups: NodeGroups, settings: Prune, counted: Collection[str], names: Collection[str], budget: str = ""
+    groups: NodeGroups,
+    settings: Prune,
+    counted: Collection[str],
+    names: Collection[str],
+    budget: str = "",
+    times: Times | None = None,
 ) -> Cost:
     """Return the cost that a recipe's budget is of.
 
@@ -30,9 +35,17 @@ def recipe_cost(
         counted: Names of the parameters that count.
         names: Groups whose units may go.
         budget: Another cost than the recipe's.
+        times: Seconds of a matrix product, for a budget of latency.
     """
     bits = bits_by_use(groups, counted, matrices=settings.weight_bits, tables=settings.embedding_bits)
-    measured = Measured(groups, counted, sequence=settings.sequence, bits=bits)
+    measured = Measured(
+        groups,
+        counted,
+        sequence=settings.sequence,
+        bits=bits,
+        tokens=settings.latency_tokens,
+        times=times,
+    )
     return cost_named(budget or settings.budget, measured, names)
 
 
@@ -43,6 +56,7 @@ def recipe_budget(
     *,
     counted: Collection[str],
     distribution: Distribution | None = None,
+    times: Times | None = None,
 ) -> Budget:
     """Return how many units each group loses.
 
@@ -55,6 +69,7 @@ def recipe_budget(
         scores: Saliency of each unit, by group.
         counted: Names of the parameters that count.
         distribution: What was measured of each group.
+        times: Seconds of a matrix product, for a budget of latency.
 
     Raises:
         BudgetError: If no allocation comes within a step of the target.
@@ -65,7 +80,7 @@ def recipe_budget(
         names = [name for name in names if name in distribution.groups and name not in whole]
     if not names:
         raise BudgetError("no group is left that may lose units", "lower prune.distribution.unprunable")
-    cost = recipe_cost(groups, settings, counted, names)
+    cost = recipe_cost(groups, settings, counted, names, times=times)
     curves: Mapping[str, Curve]
     if distribution is not None:
         measured = distribution.curves({name: groups[name].size for name in distribution.groups})

@@ -15,7 +15,7 @@ from graphprune.report import formatting, summary
 from graphprune.report.schema import GroupSummary, Report, write_report_json
 from graphprune.report.yaml_text import as_yaml
 
-_SHOWN_IN_PLACE = ("groups", "widths", "training", "recovery")
+_SHOWN_IN_PLACE = ("groups", "widths", "distribution", "training", "recovery")
 
 
 def render_report(report: Report, pictures: Mapping[str, str]) -> str:
@@ -24,13 +24,14 @@ def render_report(report: Report, pictures: Mapping[str, str]) -> str:
     Args:
         report: What is shown. All of its texts are escaped: names and generations are data, not markup.
         pictures: SVG by name, from `graphprune.report.pictures`; an empty one is left out. ``groups``,
-            ``widths``, ``training`` and ``recovery`` stand beside their tables, others at the end.
+            ``widths``, ``distribution``, ``training`` and ``recovery`` stand beside their tables, others at the end.
     """
     drawn = {name: svg[svg.index("<svg") :] for name, svg in pictures.items() if svg}
     return template("report.html.j2").render(
         report=report,
         rows=summary.before_after(report),
         verdict=summary.verdict(report),
+        other_unit=summary.other_unit(report),
         certificate_checks=summary.certificate_checks(report),
         verify_checks=summary.verify_checks(report),
         certificate_holds=summary.certificate_holds(report),

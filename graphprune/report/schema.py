@@ -34,18 +34,33 @@ class Entry(BaseModel):
 
 
 class Model(Entry):
-    """The model that was compressed; `source` is the folder or hub name that it was read from."""
+    """The model that was compressed; `source` is the folder or hub name that it was read from.
+
+    `opened_by` says what opens the pruned float model: stock transformers, or graphprune where layers differ in width.
+    """
 
     name: str
     source: str
     architecture: str
+    opened_by: Literal["from_pretrained", "graphprune.load"]
 
 
 class Parameters(Entry):
-    """Numbers of parameters, and the share of them asked for and removed, in 0 to 1."""
+    """Numbers of parameters, and the share of them that was removed, in 0 to 1.
+
+    `asked_share` is of what the budget counts, which need not be parameters.
+    """
 
     before: Count
     after: Count
+    asked_share: Share
+    removed_share: Share
+
+
+class Budget(Entry):
+    """What was asked for: a share of the `unit` that the budget counts, and the share that pruning came to."""
+
+    unit: str
     asked_share: Share
     removed_share: Share
 
@@ -215,6 +230,7 @@ class Report(Entry):
     schema_name: Literal["graphprune.report/1"] = Field(default=SCHEMA, alias="schema")
     model: Model
     parameters: Parameters
+    budget: Budget
     bytes: Bytes
     perplexity: Perplexity
     tokens_per_second: TokensPerSecond

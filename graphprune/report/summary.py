@@ -14,6 +14,14 @@ _TITLES = {
 }
 
 
+_UNITS = {
+    "bytes": "bytes on disk",
+    "kv_bytes": "bytes of the key-value cache",
+    "latency": "measured latency",
+    "macs": "multiply-accumulates",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """A quantity before and after; the texts are formatted, the values are the report's own."""
@@ -81,6 +89,24 @@ def before_after(report: Report) -> list[Row]:
             change=formatting.times(speed.compact_onnx / speed.dense_onnx_fp32),
         ),
     ]
+
+
+def removed_words(report: Report) -> str:
+    """Return how much was removed and how much was asked for, each with what it is a share of."""
+    removed = f"{formatting.share(report.parameters.removed_share)} of the parameters removed"
+    budget, unit = report.budget, other_unit(report)
+    if unit is None:
+        return f"{removed}, {formatting.share(report.parameters.asked_share)} asked for"
+    return (
+        f"{removed}; {formatting.share(budget.asked_share)} of the {unit} asked for, "
+        f"{formatting.share(budget.removed_share)} reached"
+    )
+
+
+def other_unit(report: Report) -> str | None:
+    """Return in words what the budget counts; None where that is parameters."""
+    unit = report.budget.unit
+    return None if unit == "parameters" else _UNITS.get(unit, unit)
 
 
 def certificate_checks(report: Report) -> list[Check]:

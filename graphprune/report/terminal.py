@@ -14,18 +14,17 @@ from graphprune.report.folding import Family, fold
 from graphprune.report.group_document import Document
 from graphprune.report.kinds import title_of
 from graphprune.report.schema import Report
-from graphprune.report.summary import before_after, certificate_holds, verification_holds
+from graphprune.report.summary import before_after, certificate_holds, removed_words, verification_holds
 
 _WORDS = {True: "[green]holds[/]", False: "[bold red]fails[/]", None: "not judged"}
 
 
 def summary_table(report: Report) -> Table:
     """Return the before/after rows and the two verdicts, to be printed at the end of a run."""
-    removed, asked = report.parameters.removed_share, report.parameters.asked_share
-    table = Table(
-        title=escape(report.model.name),
-        caption=f"{formatting.share(removed)} of the parameters removed, {formatting.share(asked)} asked for",
-    )
+    words = removed_words(report)
+    if report.model.opened_by != "from_pretrained":
+        words += f"; layers differ in width: {report.model.opened_by} opens the float model, from_pretrained does not"
+    table = Table(title=escape(report.model.name), caption=escape(words))
     table.add_column("")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right")

@@ -57,11 +57,24 @@ def attributes_to_set(
     for choice in choices(model, groups, kept):
         before = set_attributes(small, choice)
         wrong = trial.difference(small, expected)
-        if wrong is None:
-            return choice
-        problem = problem or wrong
         set_attributes(small, before)
+        if wrong is None:
+            return _without_config(choice, trial, small, expected)
+        problem = problem or wrong
     raise _does_not_follow(model, problem)
+
+
+def _without_config(
+    choice: tuple[Candidate, ...], trial: _Trial, small: nn.Module, expected: tuple[Tensor, ...]
+) -> tuple[Candidate, ...]:
+    """Leave the shared configuration out of a choice if no code reads it while it runs: it builds the model again."""
+    rest = tuple(candidate for candidate in choice if not candidate.in_config)
+    if rest == choice:
+        return choice
+    before = set_attributes(small, rest)
+    wrong = trial.difference(small, expected)
+    set_attributes(small, before)
+    return choice if wrong else rest
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -65,7 +65,9 @@ def find_model(reference: str) -> ModelSource:
 
 
 def load_model(
-    source: ModelSource, dtype: torch.dtype = torch.float32, kind: Any = AutoModelForCausalLM
+    source: ModelSource,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    kind: Any = AutoModelForCausalLM,
 ) -> nn.Module:
     """Load a model in evaluation mode, frozen; a causal language model, unless another class is given.
 

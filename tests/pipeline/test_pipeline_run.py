@@ -64,6 +64,10 @@ def test_the_report_says_what_the_files_are(finished):
     assert report.bytes.onnx == sum(
         (folder / "onnx" / name).stat().st_size for name in ("model.onnx", "model.onnx.data")
     )
+    plan = json.loads((folder / "plan.json").read_text())
+    budget = report.budget
+    assert (budget.unit, budget.asked_share, budget.removed_share) == ("parameters", 0.2, plan["achieved"])
+    assert report.model.opened_by == "from_pretrained"
     assert report.certificate.ok
     assert report.certificate.permuted_max_error <= 1e-9
     assert report.certificate.removed_max_error <= 1e-9
@@ -309,19 +313,51 @@ def test_a_folder_that_another_process_holds_is_refused(finished, bench):
     assert content(folder) == before
 
 
-def test_layers_of_different_widths_are_refused_before_any_training(bench, tmp_path):
-    """Stock classes do not open them; what was measured stays, with its picture."""
-    distribution = "distribution: {ratios: [0.25, 0.5], windows: 2}"
-    recipe = bench.with_recipe(
-        layout=("  remove: 0.2", f"  remove: 0.1\n  layout: per_layer\n  {distribution}")
-    )
+def test_layers_of_different_widths_are_refused_before_any_training_where_none_were_asked_for(
+    bench, tmp_path
+):
+    """The most sensitive group stays whole, the others do not; what was measured stays, with its picture."""
+    distribution = "distribution: {ratios: [0.25, 0.5], windows: 2, unprunable: 0.3}"
+    recipe = bench.with_recipe(remove=("  remove: 0.2", f"  remove: 0.1\n  {distribution}"))
     with pytest.raises(BudgetError, match=r"layers would have different widths \(.*\d to \d") as caught:
         run(recipe, tmp_path / "RUN", SILENT)
-    assert "set prune.layout to uniform" in str(caught.value)
+    assert "set prune.layout to per_layer" in str(caught.value)
     assert not (tmp_path / "RUN" / "training").exists()
     measured = json.loads((tmp_path / "RUN" / "graph" / "distribution.json").read_text())["groups"]
     assert {name.rpartition(":")[2] for name in measured} == {"ffn", "attention_heads"}
     assert (tmp_path / "RUN" / "graph" / "distribution.svg").read_text().startswith("<svg")
+
+
+def test_layers_of_different_widths_come_through_to_the_end(bench, tmp_path):
+    """Heads and channels both, by another process that opens the float model, and by the verified ONNX file."""
+    distribution = "distribution: {ratios: [0.25, 0.5], windows: 2, unprunable: 0.25}"
+    recipe = bench.with_recipe(
+        remove=("  remove: 0.2", f"  remove: 0.11\n  layout: per_layer\n  {distribution}"),
+        multiple=("{ffn: 16}", "{ffn: 8}"),
+    )
+    folder = tmp_path / "RUN"
+    report = run(recipe, folder, SILENT)
+    assert sorted(width.kind for width in report.widths) == ["attention_heads", "ffn"]  # of one layer each
+    weights = load_file(folder / "model" / "model.safetensors")
+    assert report.parameters.after == sum(tensor.size for tensor in weights.values())
+    code = (
+        "import sys, graphprune as gp; m = gp.load(sys.argv[1]);"
+        "print(sum(p.numel() for p in m.parameters()), type(m).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder / "model")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-2:] == [str(report.parameters.after), "LlamaForCausalLM"]
+    assert report.model.opened_by == "graphprune.load"
+    assert 'id="distribution' in (folder / "report.html").read_text()
+    notes = {stage.name: stage.note for stage in report.stages}
+    assert "opened by graphprune.load, for layers differ in width" in notes["reload"]
+    assert "gp.load(" in (folder / "model" / "README.md").read_text()
+    cache = onnx.load(folder / "onnx" / "model.onnx", load_external_data=False).graph.input
+    heads = {i.name: i.type.tensor_type.shape.dim[1].dim_value for i in cache if i.name.endswith(".key")}
+    assert sorted(heads.values()) == [1, 2]
+    assert report.perplexity.onnx <= 1.05 * report.perplexity.recovered
+    assert any("graphprune.load" in limit for limit in report.limits)
 
 
 def test_a_budget_that_is_not_there_is_named_before_anything_is_opened(bench, tmp_path):

@@ -53,6 +53,7 @@ def make_report() -> dict[str, Any]:
             "name": "SmolLM2-135M-Instruct",
             "source": "models/SmolLM2-135M-Instruct",
             "architecture": "LlamaForCausalLM",
+            "opened_by": "from_pretrained",
         },
         "parameters": {
             "before": 134515008,
@@ -60,6 +61,7 @@ def make_report() -> dict[str, Any]:
             "asked_share": 0.25,
             "removed_share": 0.2630891,
         },
+        "budget": {"unit": "parameters", "asked_share": 0.25, "removed_share": 0.2630891},
         "bytes": {"source": 269060552, "pruned": 198276400, "onnx": 86733912},
         "perplexity": {
             "dense": 17.3921,

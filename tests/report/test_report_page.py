@@ -180,6 +180,24 @@ def test_every_number_of_the_json_is_shown(page: Page, report: Report) -> None:
     assert {repr(leaf) for leaf in expected} <= shown
 
 
+def test_a_budget_says_what_it_counts(data: dict[str, Any]) -> None:
+    data["budget"] = {"unit": "kv_bytes", "asked_share": 0.3, "removed_share": 0.2987}
+    text = " ".join(Page(render_report(Report.model_validate(data), {})).text.split())
+    wanted = "30.0 % of the bytes of the key-value cache asked for, 29.9 % reached."
+    assert f"26.3 % of the parameters removed; {wanted}" in text
+    data["budget"]["unit"] = "parameters"
+    text = " ".join(Page(render_report(Report.model_validate(data), {})).text.split())
+    assert "26.3 % of the parameters removed, 25.0 % asked for." in text
+
+
+def test_the_knowledge_distribution_stands_beside_what_was_removed(report: Report) -> None:
+    page = render_report(report, {"distribution": '<svg id="heat"></svg>', "other": '<svg id="rest"></svg>'})
+    assert page.count('id="heat"') == 1
+    assert page.index("What was removed") < page.index('id="heat"') < page.index("How it went")
+    assert page.index("How it went") < page.index('id="rest"')
+    assert "how much the loss rises when each group alone loses" in page
+
+
 def test_the_text_of_a_number_is_its_value_rounded(page: Page) -> None:
     scale = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "%": 0.01, "B": 1, "s": 1}
     judged = 0

@@ -68,3 +68,16 @@ def test_every_reason_stands_below_the_table_under_its_number() -> None:
     assert [line[-2:] for line in lines if line[:1] == ["ffn"]] == [["no", "(1)"], ["no", "(2)"]]
     for number, reason in enumerate(reasons, start=1):
         assert [f"({number})", *reason.split()] in lines
+
+
+def test_a_budget_says_what_it_counts(data: dict[str, Any]) -> None:
+    data["budget"] = {"unit": "latency", "asked_share": 0.3, "removed_share": 0.2987}
+    data["model"]["opened_by"] = "graphprune.load"
+    text = " ".join(printed(summary_table(Report.model_validate(data)), width=300).split())
+    assert (
+        "26.3 % of the parameters removed; 30.0 % of the measured latency asked for, 29.9 % reached; layers differ in "
+        "width: graphprune.load opens the float model, from_pretrained does not"
+    ) in text
+    data["budget"]["unit"] = "parameters"
+    text = printed(summary_table(Report.model_validate(data)), width=300)
+    assert "26.3 % of the parameters removed, 25.0 % asked for" in text
