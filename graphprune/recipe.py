@@ -100,7 +100,7 @@ class Prune(_Section):
     and `training.distill` are then off unless they are given, and may not be given otherwise.
     """
 
-    method: str = Field(default="lhspg", description="lhspg, one_shot or loraprune")
+    method: str = Field(default="lhspg", description="lhspg, loraprune, one_shot or blocks")
     remove: Rate = Field(default=0.2, description="share of what `budget` names")
     budget: str = Field(default="parameters", description="parameters, macs, kv_bytes, bytes or latency")
     layout: Literal["uniform", "per_layer"] = Field(
@@ -151,6 +151,13 @@ class Prune(_Section):
         training = given.get("training", {})
         training = {"distill": 0.0, **training} if isinstance(training, dict) else training
         return {"repair": "none", **given, "training": training}
+
+    @field_validator("budget")
+    @classmethod
+    def _blocks_are_counted_in_parameters(cls, budget: str, info: ValidationInfo) -> str:
+        if budget != "parameters" and info.data.get("method") == "blocks":
+            raise ValueError("with prune.method blocks there is only parameters")
+        return budget
 
     @field_validator("mode")
     @classmethod

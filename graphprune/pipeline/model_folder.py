@@ -27,8 +27,8 @@ tags: [graphprune, pruned]
 ---
 # {name}, pruned
 
-{removed:.1%} of the parameters of `{source}` were removed by graphprune {version} (structured pruning: whole units of
-{kinds}; {widths}). `graphprune.json` holds which units went.
+{removed:.1%} of the parameters of `{source}` were removed by graphprune {version} (structured pruning: {what};
+{widths}). `graphprune.json` holds which units went.
 
 {opening}
 
@@ -93,12 +93,13 @@ def save_model(session: Session, model: Any, plan: Plan, surgery_error: float) -
         write_json(temporary / RECORD, record)
         _check_reload(model, temporary, session.examples)
         kinds = sorted({session.groups[name].kind.replace("_", " ") for name in plan})
+        what = f"whole units of {', '.join(kinds)}" if kinds else "whole blocks"
         card = _CARD.format(
             name=session.inputs.source.name,
             removed=1 - after / before,
             source=session.inputs.source.name,
             version=__version__,
-            kinds=", ".join(kinds),
+            what=what,
             widths="layers differ in width" if difference.shapes else "every layer has the same widths",
             opening=(_UNEVEN if difference.shapes else _STOCK).format(folder=folder.name),
         )

@@ -130,7 +130,7 @@ def _cut(session: Session, pruned: Pruned) -> tuple[Any, float]:
     """Return the smaller model, adapters merged, and how far its logits are from the masked model's."""
     model, groups = session.adapted, session.groups
     small: Any = pruned.cut(lambda: shrink(model, groups, pruned.plan, session.examples, form="module"))
-    small = small.merge_and_unload()
+    small = small.merge_and_unload() if pruned.model is None else small
     with torch.no_grad():
         distance = _distance(small(**session.examples).logits, pruned.masked_logits)
     if not distance <= SURGERY_TOLERANCE:
@@ -138,6 +138,8 @@ def _cut(session: Session, pruned: Pruned) -> tuple[Any, float]:
             f"the smaller model's logits are off by {distance:.1e} of the masked model's",
             "please report this model",
         )
+    if pruned.model is not None:
+        return small, distance
     uniform = pruned.budget.is_uniform(groups)
     config = allow_biases(session.inputs.config if uniform else small.config, small)
     small.config = fit_config(config, small, groups, pruned.plan) if uniform else config

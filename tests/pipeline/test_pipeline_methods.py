@@ -14,6 +14,7 @@ from graphprune.files import write_text
 from graphprune.pipeline.folder import open_run_folder
 from graphprune.pipeline.inputs import open_inputs
 from graphprune.pipeline.progress import Reporter
+from graphprune.pipeline.run import run
 from graphprune.pipeline.session import Session
 from graphprune.pipeline.stages import prune_stage, trace_stage
 from graphprune.recipe import load_recipe
@@ -59,6 +60,20 @@ def test_each_method_prunes_what_was_asked(bench, tmp_path, settings, steps):
     assert small.config.intermediate_size % 16 == 0
     assert session.folder.measured("pruning_steps") == steps
     assert session.folder.measured("surgery_error") < 1e-3
+
+
+def test_a_run_that_removes_whole_blocks_ends_in_an_onnx_file(bench, tmp_path):
+    dense = AutoModelForCausalLM.from_pretrained(bench.model)
+    one, all_ = (sum(p.numel() for p in part.parameters()) for part in (dense.model.layers[0], dense))
+    recipe = bench.with_recipe(
+        method=(MARK, f"{MARK}\n  method: blocks"), share=("remove: 0.2", f"remove: {one / all_:.3f}")
+    )
+    report = run(recipe, tmp_path / "RUN", Reporter(None))
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "RUN" / "model")
+    assert small.config.num_hidden_layers == dense.config.num_hidden_layers - 1
+    assert report.parameters.after == all_ - one
+    assert "whole blocks" in (tmp_path / "RUN" / "model" / "README.md").read_text()
+    assert (tmp_path / "RUN" / "onnx" / "model.onnx").is_file()
 
 
 def test_what_a_method_writes_to_the_weights_ends_with_its_stage(bench, tmp_path):

@@ -74,6 +74,7 @@ class Pruned:
         metrics: One row a step of training.
         masked_logits: Outputs on the example inputs without those units, to check surgery against.
         repair: What makes up for the units that go; None if nothing does.
+        model: The smaller model, where the method does not remove units but made it itself.
     """
 
     plan: Plan
@@ -81,9 +82,12 @@ class Pruned:
     metrics: list[Row]
     masked_logits: Tensor
     repair: Repair | None
+    model: nn.Module | None = None
 
     def cut(self, shrink: Callable[[], nn.Module]) -> nn.Module:
         """Return the smaller model that `shrink` makes by the plan, the repair in it."""
+        if self.model is not None:
+            return self.model
         return self.repair.cut(self.plan, shrink) if self.repair else shrink()
 
 
@@ -108,7 +112,7 @@ def finished(task: Task, plan: Plan, budget: Budget, metrics: list[Row], repair:
 Method = Callable[[Task], Pruned]
 
 _METHODS: dict[str, Method] = {}
-_BUILT_IN = "lhspg", "loraprune", "one_shot"
+_BUILT_IN = "blocks", "lhspg", "loraprune", "one_shot"
 """Modules that register methods."""
 
 
