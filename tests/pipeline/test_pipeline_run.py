@@ -334,6 +334,7 @@ def test_layers_of_different_widths_come_through_to_the_end(bench, tmp_path):
     recipe = bench.with_recipe(
         remove=("  remove: 0.2", f"  remove: 0.11\n  layout: per_layer\n  {distribution}"),
         multiple=("{ffn: 16}", "{ffn: 8}"),
+        base=("recover: {", "recover: {base: pruned, rank: 4, "),
     )
     folder = tmp_path / "RUN"
     report = run(recipe, folder, SILENT)
@@ -352,7 +353,8 @@ def test_layers_of_different_widths_come_through_to_the_end(bench, tmp_path):
     assert 'id="distribution' in (folder / "report.html").read_text()
     notes = {stage.name: stage.note for stage in report.stages}
     assert "opened by graphprune.load, for layers differ in width" in notes["reload"]
-    assert "gp.load(" in (folder / "model" / "README.md").read_text()
+    for name in ("model", "recovered"):
+        assert f'gp.load("{name}")' in (folder / name / "README.md").read_text()
     cache = onnx.load(folder / "onnx" / "model.onnx", load_external_data=False).graph.input
     heads = {i.name: i.type.tensor_type.shape.dim[1].dim_value for i in cache if i.name.endswith(".key")}
     assert sorted(heads.values()) == [1, 2]

@@ -118,6 +118,14 @@ def test_methods_that_train_end_in_the_budgets_counts(settings):
         )
 
 
+def test_scores_that_gates_do_not_observe_are_not_mixed_with_those_that_they_do():
+    plans = [
+        method_named(name)(task(method=name, saliency="magnitude", **SHORT)).plan
+        for name in ("one_shot", "lhspg")
+    ]
+    assert plans[0] == plans[1]
+
+
 @pytest.mark.parametrize("method", ["lhspg", "loraprune"])
 def test_gates_go_in_training_with_what_stands_in_for_them(method):
     """At the end every removed unit is predicted by the others: the last removal was repaired too."""

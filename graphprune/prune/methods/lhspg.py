@@ -11,6 +11,12 @@ from graphprune.prune.precision import computing_in_bfloat16, use_bfloat16
 from graphprune.prune.repair.named import Repair
 
 
+OBSERVED = "fisher"
+"""What gates tell on the way; scores of another kind are on another scale, and are kept as they are."""
+MEMORY = 0.9
+"""Share of the old saliency that a step keeps."""
+
+
 @method("lhspg")
 def lhspg(task: Task) -> Pruned:
     """Prune by LHSPG, in either mode.
@@ -36,6 +42,7 @@ def lhspg(task: Task) -> Pruned:
         period_steps=settings.period_steps,
         half_space=settings.half_space,
         scores=scores if gated else None,
+        memory=MEMORY if settings.saliency == OBSERVED else 1.0,
         on_period=lambda: repair.update(optimizer.redundant) if repair else None,
     )
     try:
