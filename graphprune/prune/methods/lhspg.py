@@ -10,7 +10,6 @@ from graphprune.prune.param_groups import param_groups
 from graphprune.prune.precision import computing_in_bfloat16, use_bfloat16
 from graphprune.prune.repair.named import Repair
 
-
 OBSERVED = "fisher"
 """What gates tell on the way; scores of another kind are on another scale, and are kept as they are."""
 MEMORY = 0.9
