@@ -56,7 +56,7 @@ def build(given: argparse.Namespace) -> tuple[Any, Any]:
     return model, gp.node_groups(gp.trace(model, example))
 
 
-def pruner(given: argparse.Namespace, model: Any, groups: Any, mode: str, warmup: int) -> Any:
+def pruner(given: argparse.Namespace, model: Any, groups: Any, mode: Any, warmup: int) -> Any:
     """Return LHSPG in a mode, with a fifth of the parameters to remove."""
     import graphprune as gp
 
@@ -138,15 +138,11 @@ def scores(given: argparse.Namespace) -> dict[str, float]:
 
     from graphprune.prune.budget import targets
     from graphprune.prune.param_groups import KINDS
-    from graphprune.saliency.gates import Gates
     from graphprune.saliency.loraprune import importance
-    from graphprune.saliency.registry import Evidence
     from graphprune.saliency.units import adapted_members
 
     model, groups = build(given)
-    gates = Gates(model, groups, [group.name for group in targets(groups, KINDS)])
-    members = adapted_members(Evidence(model, groups, gates, [], lambda batch: batch))
-    gates.close()
+    members = adapted_members(model, groups, [group.name for group in targets(groups, KINDS)])
     factors = {name: factor for member in members for name, factor in member.weight.factors().items()}
     gradients = {name: torch.randn_like(factor) for name, factor in factors.items()}
     found: dict[str, list[float]] = {"factors": [], "dense": []}

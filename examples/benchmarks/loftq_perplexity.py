@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quant
 from graphprune.recipe import Recover, Training
 from graphprune.recover.recovery import recover
+from graphprune.recover.sources import Source
 from graphprune.source.demo import demo_folder
 from graphprune.source.perplexity import perplexity, torch_logits
 from graphprune.source.text import Windows, cut_windows, read_text
@@ -152,7 +153,8 @@ class Bench:
         }
         if self.steps:
             training = Training(learning_rate=1e-3, batch_size=4, distill=1.0)
-            recover(model, self.model(), Recover(steps=self.steps, training=training), self.train, seed=seed)
+            source = Source("Wikipedia", "text", self.train, None)
+            recover(model, self.model(), Recover(steps=self.steps, training=training), [source], seed=seed)
             row["after"] = self.perplexity(model)
         return {**row, "steps": self.steps}
 
