@@ -24,19 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graphprune.prune.methods.registry import Task, method_named
-from graphprune.saliency.blocks import block_influence
-from graphprune.shrink.blocks import drop_blocks
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import graphprune as gp
+from graphprune.prune.methods.registry import Task, method_named
 from graphprune.prune.precision import computing_in_bfloat16, use_bfloat16
 from graphprune.prune.target import recipe_budget
 from graphprune.prune.training import Objective, logits_of, train
 from graphprune.recipe import Prune, Training
+from graphprune.saliency.blocks import block_influence
+from graphprune.shrink.blocks import drop_blocks
 from graphprune.source.adapters import attach_adapters
 from graphprune.source.demo import demo_folder
 from graphprune.source.model import example_inputs
