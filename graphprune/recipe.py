@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -69,6 +69,13 @@ class Distribution(_Section):
     windows: Positive = Field(default=8, description="of the training text, others than units are scored on")
     unprunable: Share = Field(default=0.0, description="share of groups, the most sensitive, that stay whole")
 
+    @field_validator("unprunable")
+    @classmethod
+    def _sensitivity_is_measured(cls, unprunable: float, info: ValidationInfo) -> float:
+        if unprunable > 0 and info.data.get("ratios") == ():
+            raise ValueError("without ratios nothing is measured; give ratios too")
+        return unprunable
+
 
 class Paper(_Section):
     """What LoRAShear's paper leaves open of LHSPG as published."""
@@ -91,6 +98,13 @@ class LoRAPrune(_Section):
     importance: Literal["published", "released"] = Field(
         default="published", description="(Ĝ w)², or the released program's normalised |Ĝ w|"
     )
+
+    @field_validator("cooldown")
+    @classmethod
+    def _something_lies_between(cls, cooldown: float, info: ValidationInfo) -> float:
+        if cooldown + info.data.get("warmup", 0.0) >= 1:
+            raise ValueError("with the warm-up it leaves no step in which units go")
+        return cooldown
 
 
 class Prune(_Section):
@@ -330,7 +344,8 @@ def _explain(error: ValidationError, path: Path, lines: dict[str, int]) -> Recip
 
 
 def _sentence(message: str) -> str:
-    message = message.removeprefix("Value error, ")
+    message = message.removeprefix("Value error, ").replace("a valid tuple", "a list")
+    message = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping of keys", message)
     return message[:1].lower() + message[1:]
 
 
@@ -342,7 +357,10 @@ def _ancestors(key: str) -> list[str]:
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in location:
-        annotation = section.model_fields[str(part)].annotation
+        if isinstance(part, int):  # an entry of a list, whose section it is already
+            continue
+        annotation = section.model_fields[part].annotation
+        annotation = next(iter(get_args(annotation)), annotation)
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         section = annotation

@@ -113,11 +113,12 @@ def _check_names(recipe: Recipe) -> None:
     method_named(recipe.prune.method)
     saliency_named(recipe.prune.saliency)
     check_cost(recipe.prune.budget)
-    for kind in recipe.prune.kinds:
-        if kind not in get_args(Kind):
-            close = difflib.get_close_matches(kind, get_args(Kind), n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(get_args(Kind))}"
-            raise RecipeError(f"prune.kinds: there is no kind '{kind}' of node groups", hint)
+    for key, kinds in (("kinds", recipe.prune.kinds), ("width_multiple", tuple(recipe.prune.width_multiple))):
+        for kind in kinds:
+            if kind not in get_args(Kind):
+                close = difflib.get_close_matches(kind, get_args(Kind), n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(get_args(Kind))}"
+                raise RecipeError(f"prune.{key}: there is no kind '{kind}' of node groups", hint)
     for key, name in (
         ("quantize.format", recipe.quantize.format),
         ("quantize.embedding", recipe.quantize.embedding),

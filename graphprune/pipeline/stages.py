@@ -107,11 +107,12 @@ def prune_stage(session: Session) -> str:
         widths=[
             {
                 "name": name,
-                "kind": groups[name].kind,
-                "before": groups[name].size,
-                "after": groups[name].size - count,
+                "kind": group.kind,
+                "before": group.size,
+                "after": group.size - budget.removed_units.get(name, 0),
             }
-            for name, count in budget.removed_units.items()
+            for name, group in groups.items()  # those that stay whole too: the picture counts layers
+            if group.kind in {groups[lost].kind for lost in budget.removed_units}
         ],
         parameters_after=after,
         pruning_steps=len(pruned.metrics),

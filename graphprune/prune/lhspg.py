@@ -23,7 +23,7 @@ from graphprune.prune.fading import Fading
 from graphprune.prune.finite import require_finite
 from graphprune.prune.gated_mode import GatedMode
 from graphprune.prune.paper_mode import PaperChoices, PaperMode
-from graphprune.prune.param_groups import ParameterGroups
+from graphprune.prune.param_groups import ParameterGroups, require_units
 from graphprune.prune.schedule import Schedule
 from graphprune.saliency.gates import Gates
 from graphprune.shrink.plan import Plan
@@ -86,7 +86,8 @@ class LHSPG(torch.optim.AdamW):
         weight_decay: float = 0.0,
         on_period: Callable[[], None] | None = None,
     ) -> None:
-        _check(params, half_space)
+        require_units(params, type(self).__name__)
+        _check(half_space, memory)
         self._schedule = Schedule(warmup_steps, periods, period_steps)
         wanted = units if units is not None else params.units(remove, width_multiple)
         self._units = params.possible(wanted)
@@ -99,6 +100,12 @@ class LHSPG(torch.optim.AdamW):
             self.add_param_group({"params": self._fading.parameters, "lr": 0.0, "weight_decay": 0.0})
         device = params.trainable[0].device
         sizes = {name: params.groups[name].size for name in self._units}
+        for name, size in sizes.items():
+            if scores and (name not in scores or scores[name].shape != (size,)):
+                raise TrainingError(
+                    f"scores has no {size} numbers for the units of '{name}'",
+                    "give one tensor for each group",
+                )
         first = {name: scores[name] if scores else torch.zeros(size) for name, size in sizes.items()}
         self._saliency = {
             name: score.detach().to(device, torch.float32, copy=True) for name, score in first.items()
@@ -258,11 +265,8 @@ class LHSPG(torch.optim.AdamW):
             redundant[saliency.argsort(stable=True)[:missing]] = True
 
 
-def _check(params: ParameterGroups, half_space: float) -> None:
-    if not isinstance(params, ParameterGroups):
-        raise TrainingError(
-            f"LHSPG needs to know which units there are, and was given a {type(params).__name__}",
-            "LHSPG(param_groups(model, groups), ...)",
-        )
+def _check(half_space: float, memory: float) -> None:
     if not 0 <= half_space < 1:
         raise TrainingError(f"half_space is {half_space}", "ε of the projection is at least 0 and below 1")
+    if not 0 <= memory <= 1:
+        raise TrainingError(f"memory is {memory}", "a share of the old saliency is 0 to 1; at 1 scores stay")

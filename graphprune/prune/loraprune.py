@@ -12,7 +12,7 @@ from torch import Tensor
 from graphprune.errors import TrainingError
 from graphprune.prune.cubic_schedule import CubicSchedule
 from graphprune.prune.finite import require_finite
-from graphprune.prune.param_groups import ParameterGroups
+from graphprune.prune.param_groups import ParameterGroups, require_units
 from graphprune.saliency.effective import Gradients
 from graphprune.saliency.gates import Gates
 from graphprune.saliency.loraprune import importance
@@ -48,7 +48,8 @@ class LoRAPrune(torch.optim.AdamW):
         on_removal: Called after units went.
 
     Raises:
-        TrainingError: If a group is asked to lose more units than it can, or has no weight with an adapter.
+        TrainingError: If a group is asked to lose more units than it can, or has no weight with an adapter; if an
+            exempt name is that of no group that may lose units.
         BudgetError: If the share cannot be removed.
     """
 
@@ -69,6 +70,9 @@ class LoRAPrune(torch.optim.AdamW):
         weight_decay: float = 0.0,
         on_removal: Callable[[], None] | None = None,
     ) -> None:
+        require_units(params, type(self).__name__)
+        exempt = (exempt,) if isinstance(exempt, str) else exempt
+        params.possible(dict.fromkeys(exempt, 0))
         params = replace(params, prunable=tuple(g for g in params.prunable if g.name not in exempt))
         self._units = params.possible(units if units is not None else params.units(remove, width_multiple))
         super().__init__(list(params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)

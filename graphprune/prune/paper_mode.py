@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from graphprune.prune.unit_rows import (
 )
 
 Penalty = Callable[[Tensor, int], Tensor]
+Saliency = Literal["taylor", "magnitude", "cosine"]
 
 
 def linear_penalty(norm: Tensor, steps_left: int) -> Tensor:
@@ -52,12 +53,21 @@ class PaperChoices:
         penalty: λ by the norms (units,) and the steps left of the period. Whatever it is, the last step of a period
             leaves zeros, so that the target is met.
         forget: Whether AdamW's moments of B start afresh when B does, after a merge.
+
+    Raises:
+        TrainingError: If there is no such saliency.
     """
 
-    saliency: Literal["taylor", "magnitude", "cosine"] = "taylor"
+    saliency: Saliency = "taylor"
     gamma: float = 1.0
     penalty: Penalty = linear_penalty
     forget: bool = True
+
+    def __post_init__(self) -> None:
+        if self.saliency not in (known := get_args(Saliency)):
+            raise TrainingError(
+                f"LHSPG's paper mode has no saliency '{self.saliency}'", f"there are {', '.join(known)}"
+            )
 
 
 class PaperMode:
@@ -119,7 +129,9 @@ class PaperMode:
             for part in parts:
                 self._move(part, units & ~gone, shrink)
                 part.clear(gone)
-                part.clear_update(units)
+                part.clear_update(
+                    redundant[name]
+                )  # of those long gone too: the optimizer moved B, and a merge follows
             self._zeroed[name] |= gone
 
     def end_period(self) -> None:

@@ -53,12 +53,19 @@ class ParameterGroups:
                 no more than 64 and a sixteenth of the group.
 
         Raises:
-            BudgetError: If that share cannot be removed; says what can.
+            BudgetError: If that share cannot be removed, which says what can, or a multiple is for no kind here.
         """
         if not 0 <= remove < 1:
             raise BudgetError(f"remove is {remove}", "give the share of parameters to remove: 0.2 for 20 %")
         if remove == 0:
             return {}
+        present = {group.kind for group in self.prunable}
+        for kind, multiple in (width_multiple or {}).items():
+            if kind not in present or multiple < 1:
+                raise BudgetError(
+                    f"width_multiple gives '{kind}' a multiple of {multiple}",
+                    f"give one of at least 1, by kind; the kinds that lose units are {', '.join(sorted(present))}",
+                )
         names = [group.name for group in self.prunable]
         budget = allot(
             self.groups,
@@ -118,7 +125,7 @@ def param_groups(
     trainable = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
     if not trainable:
         raise TrainingError("no parameter of the model is trainable", "attach adapters to it first")
-    prunable = tuple(targets(groups, kinds))
+    prunable = tuple(targets(groups, (kinds,) if isinstance(kinds, str) else kinds))
     for group in prunable:
         for member in group.members:
             if member.role == "parameter" and member.parameter not in named:
@@ -130,6 +137,19 @@ def param_groups(
     return ParameterGroups(
         model, groups, prunable, trainable, frozenset(frozen or named if counted is None else counted)
     )
+
+
+def require_units(params: Any, optimizer: str) -> None:
+    """Check that an optimizer was given `param_groups`, and not parameters alone.
+
+    Raises:
+        TrainingError: If not.
+    """
+    if not isinstance(params, ParameterGroups):
+        raise TrainingError(
+            f"{optimizer} needs to know which units there are, and was given a {type(params).__name__}",
+            f"{optimizer}(param_groups(model, groups), ...)",
+        )
 
 
 def _multiples(groups: Collection[NodeGroup]) -> dict[str, int]:

@@ -30,15 +30,27 @@ class LHSPGCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         self._name = type(optimizer).__name__
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raise an error if the training ends before the schedule does.
+        """Raise an error if the Trainer has another optimizer, or ends before the schedule does.
 
         Raises:
-            TrainingError: If it would.
+            TrainingError: If so.
         """
-        needed = self._optimizer.schedule_steps
-        if self._optimizer.steps_left and state.max_steps < needed:
+        used = kwargs.get("optimizer")
+        if used is not None and getattr(used, "optimizer", used) is not self._optimizer:
             raise TrainingError(
-                f"the training has {state.max_steps} steps, and {self._name} needs {needed}",
+                f"the Trainer does not train with this {self._name}",
+                "give it that: Trainer(..., optimizers=(optimizer, None))",
+            )
+        ahead = range(state.global_step, state.max_steps)
+        rates = getattr(kwargs.get("lr_scheduler"), "lr_lambdas", [])[
+            :1
+        ]  # transformers' are all of this form
+        idle = sum(rate(step) == 0 for rate in rates for step in ahead)
+        needed = self._optimizer.steps_left
+        if len(ahead) - idle < needed:
+            without = f", {idle} of them at a learning rate of zero, which do not count" if idle else ""
+            raise TrainingError(
+                f"the training has {len(ahead)} steps{without}, and {self._name} needs {needed}",
                 "raise max_steps or num_train_epochs, or shorten the schedule",
             )
 

@@ -34,20 +34,42 @@ def fit_config(config: Any, model: nn.Module, groups: NodeGroups, plan: Plan) ->
         plan: What was removed: the same number of units from all groups of a kind and size.
 
     Raises:
-        ShrinkError: If no choice of fields does it, as when layers have different widths.
+        ShrinkError: If no choice of fields does it, as when layers have different widths, or the stock class refuses
+            the one that does.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted = _shapes(model)
+    buffers = _buffers(model)
     candidates = _candidates(config, _resizings(groups, plan))
+    fitting = None
     for choice in itertools.islice(_by_size(candidates), _MANY):
         changed = copy.deepcopy(config)
         for field, _, after in choice:
             setattr(changed, field, after)
-        if _shapes(type(model), changed) == wanted:
-            return changed
+        built = _built(type(model), changed)
+        if built is None or _shapes(built) != wanted:
+            continue
+        # As many heads as a head is wide: fewer and narrower ones have weights of one shape, and other rotary tables.
+        if _buffers(built) == buffers:
+            return _valid(changed)
+        fitting = fitting or changed
+    if fitting is not None:
+        return _valid(fitting)
     raise ShrinkError(
         f"no setting of {type(config).__name__} describes the smaller model",
         "prune the same number of units from every layer (uniform layout)",
     )
+
+
+def _valid(config: Any) -> Any:
+    """Return a configuration that can be saved: transformers checks it then."""
+    try:
+        config.validate()
+    except Exception as error:  # huggingface_hub wraps what the class's own checks raise
+        raise ShrinkError(
+            f"stock {type(config).__name__} refuses the smaller model's widths: {' '.join(str(error).split())}",
+            "choose the widths of that kind by prune.width_multiple, or another share",
+        ) from error
+    return config
 
 
 def describe(small: Any, model: nn.Module, groups: NodeGroups, plan: Plan) -> None:
@@ -155,10 +177,18 @@ def _by_size(candidates: list[Change]) -> Iterator[tuple[Change, ...]]:
                 yield choice
 
 
-def _shapes(kind: Any, config: Any) -> Mapping[str, tuple[int, ...]] | None:
+def _built(kind: Any, config: Any) -> nn.Module | None:
     try:
         with torch.device("meta"):
-            model = kind(config)
+            model: nn.Module = kind(config)
     except (ValueError, RuntimeError, TypeError, AttributeError, ZeroDivisionError):
         return None  # the class refuses this combination: not the one
+    return model
+
+
+def _shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _buffers(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    return {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}

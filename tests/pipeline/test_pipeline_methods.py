@@ -137,6 +137,12 @@ def test_settings_that_do_not_fit_are_refused_in_words(bench, settings, message)
         open_inputs(load_recipe(recipe), recipe.parent)
 
 
+def test_a_multiple_for_a_kind_that_does_not_exist_is_refused(bench):
+    recipe = bench.with_recipe(multiple=("{ffn: 16}", "{fnn: 16}"))
+    with pytest.raises(RecipeError, match=r"prune\.width_multiple: there is no kind 'fnn'.*\n.*mean 'ffn'"):
+        open_inputs(load_recipe(recipe), recipe.parent)
+
+
 def test_paper_mode_turns_off_what_needs_gates(bench):
     recipe = bench.with_recipe(method=(MARK, f"{MARK}\n  mode: paper"))
     settings = load_recipe(recipe).prune

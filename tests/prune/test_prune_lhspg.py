@@ -280,6 +280,8 @@ def test_gates_come_off():
         ({"periods": 0}, "removes nothing"),
         ({"period_steps": 0}, "removes nothing"),
         ({"half_space": 1.0}, "half_space is 1.0"),
+        ({"memory": 1.5}, "memory is 1.5"),
+        ({"scores": {"nothing": torch.zeros(1)}}, "scores has no"),
         ({"mode": "fast"}, "no mode 'fast'"),
     ],
 )

@@ -210,6 +210,7 @@ def test_within_transformers_trainer_the_callback_serves_it_too(tmp_path):
     assert gp.Plan.load(tmp_path / "plan.json") == bench.optimizer.plan
     longer = LoRABench(CubicSchedule(9))
     trainer.callback_handler.callbacks = [gp.LHSPGCallback(longer.optimizer)]
+    trainer.optimizer = longer.optimizer
     with pytest.raises(TrainingError, match="has 6 steps, and LoRAPrune needs 9"):
         trainer.train()
 
@@ -258,8 +259,14 @@ def test_exempt_groups_stay_whole_and_the_others_make_up_for_them():
         for plan in plans
     ]
     assert abs(removed[0] - removed[1]) < 0.25 * removed[0]
-    with pytest.raises(TrainingError, match="not among the groups that may lose units"):
-        LoRABench(exempt=first)
+    for options in ({"exempt": first}, {"exempt": "layers.0", "units": None}):
+        with pytest.raises(TrainingError, match="not among the groups that may lose units"):
+            LoRABench(**options)
+
+
+def test_plain_parameters_are_refused_and_the_way_is_shown():
+    with pytest.raises(TrainingError, match=r"given a list\n.*LoRAPrune\(param_groups\(model, groups\)"):
+        gp.LoRAPrune([nn.Parameter(torch.ones(1))], schedule=gp.CubicSchedule(4))
 
 
 def test_a_share_of_parameters_takes_the_same_share_of_each_kind():

@@ -189,6 +189,21 @@ def test_what_is_zero_can_be_cut_out():
         torch.testing.assert_close(small(IDS).logits, bench.model(IDS).logits, atol=1e-5, rtol=0)
 
 
+def test_what_is_gone_stays_so_through_a_merge():
+    """The optimizer moves B of zeroed units wherever gradients reach them, as behind GELU and in v_proj."""
+    bench = Bench(mode="paper")
+    mode = bench.optimizer._fading
+    gone = {name: torch.arange(bench.groups[name].size) == 0 for name in bench.units}
+    mode.fade(gone, 1, 0.0)
+    randomized(bench)
+    mode.fade(gone, 3, 0.0)
+    mode.end_period()
+    for name in bench.units:
+        x, _ = numbers(bench, name)
+        assert not x[0].any(), name
+        assert x[1].any(), name
+
+
 def test_fading_moves_what_lora_learned_into_the_redundant_weights():
     """At γ = 1 and without a penalty the model computes the same after a step of fading."""
     bench = randomized(Bench(mode="paper", paper=gp.PaperChoices(penalty=lambda norm, left: 0 * norm)), 0.02)
@@ -341,6 +356,11 @@ def test_units_that_no_adapter_reaches_need_another_saliency():
     model(IDS, labels=IDS).loss.backward()
     optimizer.step()
     assert len(optimizer.plan[first]) == 2
+
+
+def test_a_saliency_that_does_not_exist_is_refused():
+    with pytest.raises(TrainingError, match=r"no saliency 'taylr'\n.*taylor, magnitude, cosine"):
+        gp.PaperChoices(saliency="taylr")
 
 
 def test_paper_mode_has_no_gates():

@@ -104,6 +104,17 @@ def test_a_share_that_cannot_be_removed_is_refused(remove):
         gp.param_groups(adapted_llama(), llama_groups()).units(remove)
 
 
+def test_one_kind_may_be_a_string():
+    model = adapted_llama()
+    assert {group.kind for group in gp.param_groups(model, llama_groups(), kinds="ffn").prunable} == {"ffn"}
+
+
+@pytest.mark.parametrize("multiple", [{"fnn": 16}, {"ffn": 0}])
+def test_a_multiple_for_no_kind_here_is_refused(multiple):
+    with pytest.raises(BudgetError, match=r"width_multiple gives .*\n.*attention_heads, ffn"):
+        gp.param_groups(adapted_llama(), llama_groups()).units(0.2, multiple)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(RecipeError, match="no group is of kind 'expert'"):
         gp.param_groups(adapted_llama(), llama_groups(), kinds=["expert"])

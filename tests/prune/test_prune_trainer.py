@@ -22,11 +22,10 @@ def trainer(bench: Bench, folder: Path, *callbacks: TrainerCallback, batch: int 
         str(folder),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=2 // batch,
-        lr_scheduler_type="constant",
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
-        **{"max_steps": 9, "save_steps": 4, "logging_steps": 1, **settings},
+        **{"lr_scheduler_type": "constant", "max_steps": 9, "save_steps": 4, "logging_steps": 1, **settings},
     )
     return Trainer(
         bench.model,
@@ -111,6 +110,25 @@ def test_a_training_that_is_too_short_is_refused_before_it_starts(tmp_path):
         trainer(bench, tmp_path, max_steps=7).train()
     for name, value in bench.snapshot().items():
         assert torch.equal(value, before[name])
+
+
+def test_steps_at_a_learning_rate_of_zero_are_none_that_the_schedule_has(tmp_path):
+    settings = {"lr_scheduler_type": "linear", "warmup_steps": 2}
+    with pytest.raises(TrainingError, match="8 steps, 1 of them at a learning rate of zero"):
+        trainer(Bench(), tmp_path, max_steps=8, **settings).train()
+    bench = Bench()
+    trainer(bench, tmp_path, max_steps=9, **settings).train()
+    assert bench.optimizer.steps_left == 0
+
+
+def test_a_trainer_that_was_not_given_the_optimizer_is_refused(tmp_path):
+    bench = Bench()
+    ran = trainer(bench, tmp_path)
+    ran.optimizer = None
+    with pytest.raises(
+        TrainingError, match=r"does not train with this LHSPG\n.*optimizers=\(optimizer, None\)"
+    ):
+        ran.train()
 
 
 def test_the_optimizer_alone_does_not_load_transformers():

@@ -51,6 +51,14 @@ def test_numbers_are_read_as_yaml_1_2_has_them(tmp_path):
     [
         (GOOD + "prune: {remvoe: 0.2}\n", "recipe.yaml:3: unknown key 'prune.remvoe'\n  → did you mean 'remove'"),
         (GOOD + "nonsense: 1\n", "recipe.yaml:3: unknown key 'nonsense'"),
+        (
+            GOOD + "recover: {sources: [{name: a, path: a.txt, hold_outs: 3}]}\n",
+            "unknown key 'recover.sources.0.hold_outs'\n  → did you mean 'hold_out'",
+        ),
+        (GOOD + "recover: {sources: [a.txt]}\n", "input should be a mapping of keys"),
+        (GOOD + "prune: {kinds: ffn}\n", "input should be a list"),
+        (GOOD + "prune: {distribution: {unprunable: 0.3}}\n", "without ratios nothing is measured"),
+        (GOOD + "prune: {loraprune: {warmup: 0.6, cooldown: 0.5}}\n", "leaves no step in which units go"),
         (GOOD + "prune:\n  rank: 4\n  remove: 1.5\n", "recipe.yaml:5: prune.remove is 1.5"),
         (GOOD + "prune: {remove: -0.1}\n", "prune.remove is -0.1"),
         (GOOD + "prune: {remove: 0}\n", "prune.remove is 0"),

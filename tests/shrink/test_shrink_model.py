@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import traced
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from zeroed import zeroed
 
 from graphprune.coupling.groups import node_groups
@@ -166,6 +168,23 @@ def test_the_configuration_that_builds_the_smaller_model_is_found(adapted, llama
     assert (config.intermediate_size, config.num_attention_heads, config.num_key_value_heads) == (32, 2, 1)
     assert (config.hidden_size, config.head_dim, config.num_hidden_layers) == (32, 8, 2)
     assert llama.model.config.intermediate_size == 48
+
+
+def test_fewer_heads_are_told_from_narrower_ones_of_the_same_shapes():
+    """With as many heads as a head is wide, rotary tables alone say which of them went."""
+    square = LlamaConfig(
+        hidden_size=64, intermediate_size=48, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=16,
+    )  # fmt: skip
+    net = traced(LlamaForCausalLM(square).eval())
+    plan = uniform(net, attention_heads=2)
+    small = shrink(net.model, net.groups, plan, net.inputs)
+    config = fit_config(square, small, net.groups, plan)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 8)
+    plan = uniform(net, attention_heads=1)  # six heads
+    small = shrink(net.model, net.groups, plan, net.inputs)
+    with pytest.raises(ShrinkError, match=r"refuses .*hidden size \(64\) is not a multiple"):
+        fit_config(square, small, net.groups, plan)
 
 
 def test_uneven_layers_have_no_stock_configuration(llama):
