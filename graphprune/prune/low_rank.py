@@ -65,7 +65,8 @@ def _found(model: nn.Module, graph: OperatorGraph) -> Iterator[AdaptedWeight]:
         reason = _unsuited(weight, graph.weights[name].shape, update)
         if reason:
             raise TrainingError(
-                f"LHSPG's paper mode cannot work on {name}: {reason}", "use mode='gated', which works on any"
+                f"LHSPG's paper mode cannot work on {name}: {reason}",
+                "attach plain LoRA adapters to it, or use mode='gated'",
             )
         (term,) = update.factors
         a, b = model.get_parameter(term.down), model.get_parameter(term.up)

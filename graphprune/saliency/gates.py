@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from graphprune.coupling.groups import NodeGroup, NodeGroups
 from graphprune.errors import TrainingError
+from graphprune.saliency.norms import normed_weights
 
 StandIn = Callable[[Tensor], Tensor]
 """From an activation (…, axis) to what takes the place of its gated share, of the same shape."""
@@ -196,7 +197,14 @@ def _consumers(groups: NodeGroups, gated: Mapping[str, NodeGroup]) -> tuple[Cons
         for member in group.consumers:
             owner = torch.from_numpy(group.owner(member))
             owners.setdefault((member.parameter, member.axis), {})[name] = owner
-    places = _places(groups)
+    places, normed = _places(groups), normed_weights(groups.graph)
+    for parameter, _ in owners:
+        if parameter in normed:
+            raise TrainingError(
+                f"{parameter} is rescaled by a norm of itself ({normed[parameter]}), which removing units changes and "
+                "closing their gates does not",
+                "attach plain LoRA adapters there instead of DoRA, or leave this kind out of prune.kinds",
+            )
     return tuple(
         Consumer(parameter, axis, *places[parameter], owner) for (parameter, axis), owner in owners.items()
     )

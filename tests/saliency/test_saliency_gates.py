@@ -4,12 +4,15 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_llama, traced
 from torch import nn
 
+import graphprune as gp
 from graphprune.errors import RecipeError, TrainingError
 from graphprune.prune.training import Objective, logits_of
 from graphprune.saliency.gates import Gates
+from graphprune.saliency.norms import normed_weights
 from graphprune.saliency.registry import Evidence, saliency_named
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
@@ -206,3 +209,34 @@ def test_activations_in_front_of_gates_are_not_kept(own):
     assert sources[0]() is None
     loss.backward()
     gates.close()
+
+
+class WeightNormed(nn.Module):
+    """Two layers; the second one's weight is divided by a norm along what the gates would close."""
+
+    def __init__(self, axis):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.weight, self.axis = nn.Linear(6, 8), nn.Parameter(torch.randn(3, 8)), axis
+
+    def forward(self, x):
+        weight = self.weight / self.weight.norm(dim=self.axis, keepdim=True)
+        return nn.functional.linear(torch.relu(self.up(x)), weight)
+
+
+def test_a_weight_that_is_rescaled_by_its_own_norm_cannot_be_gated():
+    """A cut changes the norm, and a closed gate does not."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["down_proj"], use_dora=True))
+    groups = traced(model).groups
+    channels = [name for name, group in groups.items() if group.kind == "ffn"]
+    heads = [name for name, group in groups.items() if group.kind == "attention_heads"]
+    with pytest.raises(
+        TrainingError, match=r"down_proj.* is rescaled by a norm of itself \(aten.linalg_norm"
+    ):
+        Gates(model, groups, channels)
+    Gates(model, groups, heads).close()
+    normed = WeightNormed(axis=1)
+    assert normed_weights(gp.trace(normed, {"x": torch.randn(5, 6)})) == {
+        "weight": "aten.linalg_vector_norm.default"
+    }
+    assert normed_weights(traced(tiny_llama()).groups.graph) == {}
