@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -193,6 +193,20 @@ class Prune(_Section):
         if training.distill > 0 and info.data.get("mode") == "paper":
             raise ValueError("in paper mode no un-pruned model is left to learn from; distill must be 0")
         return training
+
+    @model_validator(mode="after")
+    def _nothing_is_set_in_vain(self) -> Self:
+        idle: tuple[str, ...] = _IDLE_WITH_BLOCKS if self.method == "blocks" else ()
+        idle += ("loraprune",) if self.method != "loraprune" else ()
+        idle += ("paper",) if self.mode != "paper" else ()
+        for name in idle:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                how = f"method {self.method}" if name != "paper" else f"mode {self.mode}"
+                raise ValueError(f"with {how} nothing reads prune.{name}")
+        return self
+
+
+_IDLE_WITH_BLOCKS = "layout", "normalise", "saliency", "kinds", "repair", "distribution"
 
 
 class Quantize(_Section):

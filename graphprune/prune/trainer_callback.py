@@ -30,7 +30,7 @@ class LHSPGCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         self._name = type(optimizer).__name__
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raise an error if the Trainer has another optimizer, or ends before the schedule does.
+        """Raise an error if the Trainer has another optimizer, ends too early, or goes back to other adapters.
 
         Raises:
             TrainingError: If so.
@@ -40,6 +40,11 @@ class LHSPGCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
             raise TrainingError(
                 f"the Trainer does not train with this {self._name}",
                 "give it that: Trainer(..., optimizers=(optimizer, None))",
+            )
+        if args.load_best_model_at_end:
+            raise TrainingError(
+                "load_best_model_at_end would put adapters of another step beside what is pruned by the end",
+                "leave it off",
             )
         ahead = range(state.global_step, state.max_steps)
         rates = getattr(kwargs.get("lr_scheduler"), "lr_lambdas", [])[

@@ -131,6 +131,13 @@ def test_a_trainer_that_was_not_given_the_optimizer_is_refused(tmp_path):
         ran.train()
 
 
+def test_going_back_to_adapters_of_another_step_is_refused(tmp_path):
+    again = trainer(Bench(), tmp_path)
+    again.args.load_best_model_at_end = True
+    with pytest.raises(TrainingError, match="load_best_model_at_end"):
+        again.train()
+
+
 def test_the_optimizer_alone_does_not_load_transformers():
     code = "import graphprune, sys; graphprune.LHSPG, graphprune.param_groups; print('transformers' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
