@@ -120,9 +120,10 @@ class Prune(_Section):
     layout: Literal["uniform", "per_layer"] = Field(
         default="uniform", description="uniform: one width for all layers; per_layer: each its own"
     )
-    normalise: Literal["none", "kind"] = Field(
-        default="none",
-        description="kind: scores of each kind count as much, for what they cost, as any other's",
+    normalise: Literal["auto", "none", "kind"] = Field(
+        default="auto",
+        description="kind: scores of each kind count as much, for what they cost, as any other's; auto: where the "
+        "saliency is not one of the loss, whose scores are on one scale",
     )
     keep_at_least: Share = Field(default=0.1, description="share of its units that each group keeps")
     sequence: Positive = Field(

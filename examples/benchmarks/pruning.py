@@ -48,8 +48,8 @@ DATA = Path(__file__).parents[1] / "data"
 RATE = 1e-3
 BATCH, WINDOW = 4, 256
 WHILE_PRUNING = 0.6  # of the training steps, for methods that train while they prune
-ONE_SHOT: dict[str, Any] = {"method": "one_shot", "repair": "none"}
-PER_LAYER: dict[str, Any] = {"layout": "per_layer", "normalise": "kind"}
+# As published, heads and channels lose alike.
+PUBLISHED: dict[str, Any] = {"method": "one_shot", "repair": "none", "normalise": "kind"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +74,22 @@ class Case:
 
 CASES = (
     Case("dense", kind="dense"),
-    Case("random", {**ONE_SHOT, "saliency": "random"}),
-    Case("magnitude", {**ONE_SHOT, "saliency": "magnitude"}),
-    Case("LLM-Pruner, vector", {**ONE_SHOT, "saliency": "taylor"}),
-    Case("LLM-Pruner, element¹", {**ONE_SHOT, "saliency": "taylor_first"}),
-    Case("LLM-Pruner, element²", {**ONE_SHOT, "saliency": "taylor_second"}),
-    Case("Wanda-sp", {**ONE_SHOT, "saliency": "wanda"}),
-    Case("FLAP", {**ONE_SHOT, "saliency": "flap", "repair": "bias", "layout": "per_layer"}),
+    Case("random", {**PUBLISHED, "saliency": "random"}),
+    Case("magnitude", {**PUBLISHED, "saliency": "magnitude"}),
+    Case("LLM-Pruner, vector", {**PUBLISHED, "saliency": "taylor"}),
+    Case("LLM-Pruner, element¹", {**PUBLISHED, "saliency": "taylor_first"}),
+    Case("LLM-Pruner, element²", {**PUBLISHED, "saliency": "taylor_second"}),
+    Case("Wanda-sp", {**PUBLISHED, "saliency": "wanda"}),
+    Case("FLAP", {**PUBLISHED, "saliency": "flap", "repair": "bias", "layout": "per_layer"}),
     Case("ShortGPT", kind="blocks"),
     Case("Fisher, repaired", {"method": "one_shot", "saliency": "fisher"}),
     Case("Wanda, repaired", {"method": "one_shot", "saliency": "wanda"}),
     Case("FLAP's scores, repaired", {"method": "one_shot", "saliency": "flap"}),
-    Case("Fisher, repaired, per layer", {"method": "one_shot", "saliency": "fisher", **PER_LAYER}),
+    Case("Fisher, repaired, per layer", {"method": "one_shot", "saliency": "fisher", "layout": "per_layer"}),
     Case("LoRAPrune", {"method": "loraprune", "repair": "none", "training": {"distill": 0.0}}),
     Case("LHSPG, paper mode", {"method": "lhspg", "mode": "paper"}),
     Case("LHSPG, gated", {"method": "lhspg"}),
-    Case("LHSPG, gated, per layer", {"method": "lhspg", **PER_LAYER}),
+    Case("LHSPG, gated, per layer", {"method": "lhspg", "layout": "per_layer"}),
 )
 
 

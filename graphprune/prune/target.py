@@ -16,6 +16,7 @@ from graphprune.prune.distribution import Distribution, measure_distribution
 from graphprune.prune.training import Objective, logits_of
 from graphprune.recipe import Prune
 from graphprune.saliency.gates import Gates
+from graphprune.saliency.registry import kinds_compare
 from graphprune.source.text import Windows
 
 
@@ -87,7 +88,9 @@ def recipe_budget(
         curves = {name: measured[name] for name in names}
     else:
         curves = score_curves({name: scores[name] for name in names})
-        if settings.normalise == "kind":
+        if settings.normalise == "kind" or (
+            settings.normalise == "auto" and not kinds_compare(settings.saliency)
+        ):
             curves = normalised_by_kind(curves, groups, cost)
     return allot(
         groups,

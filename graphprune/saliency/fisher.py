@@ -8,7 +8,7 @@ from graphprune.saliency.gradient import mean_over_batches
 from graphprune.saliency.registry import Evidence, saliency
 
 
-@saliency("fisher")
+@saliency("fisher", of_loss=True)
 def fisher(evidence: Evidence) -> dict[str, Tensor]:
     """Score a unit by E[(∂L/∂gate)²], the curvature of the loss along its gate.
 

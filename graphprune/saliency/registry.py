@@ -38,15 +38,24 @@ class Evidence:
 Saliency = Callable[[Evidence], dict[str, Tensor]]
 
 _SALIENCIES: dict[str, Saliency] = {}
+_OF_LOSS: set[str] = set()
 _BUILT_IN = "cosine", "fisher", "flap", "loraprune", "magnitude", "random", "taylor", "wanda", "weight_taylor"
 """Modules that register saliencies."""
 
 
-def saliency(name: str) -> Callable[[Saliency], Saliency]:
-    """Register a function as the saliency called `name`; it returns scores (units,) by group."""
+def saliency(name: str, *, of_loss: bool = False) -> Callable[[Saliency], Saliency]:
+    """Register a function as a saliency, which returns scores (units,) by group.
+
+    Args:
+        name: What recipes call it.
+        of_loss: Whether a score tells by how much the loss changes without the unit, whatever kind of unit it is.
+            Other scores are on a scale of their own for each kind of group.
+    """
 
     def register(function: Saliency) -> Saliency:
         _SALIENCIES[name] = function
+        if of_loss:
+            _OF_LOSS.add(name)
         return function
 
     return register
@@ -62,6 +71,12 @@ def saliency_named(name: str) -> Saliency:
     if name not in _SALIENCIES:
         raise RecipeError.unknown("saliency", name, _SALIENCIES)
     return _SALIENCIES[name]
+
+
+def kinds_compare(name: str) -> bool:
+    """Return whether a saliency's scores of different kinds of groups are on one scale."""
+    _load()
+    return name in _OF_LOSS
 
 
 def registered_saliencies() -> tuple[str, ...]:

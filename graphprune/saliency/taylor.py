@@ -8,7 +8,7 @@ from graphprune.saliency.gradient import mean_over_batches
 from graphprune.saliency.registry import Evidence, saliency
 
 
-@saliency("taylor")
+@saliency("taylor", of_loss=True)
 def taylor(evidence: Evidence) -> dict[str, Tensor]:
     """Score a unit by E|∂L/∂gate|, the first-order change of the loss when its gate closes.
 

@@ -25,7 +25,7 @@ def taylor_first(evidence: Evidence) -> dict[str, Tensor]:
     return total(unit_sums(members, lambda chunk: (chunk.effective * chunk.surrogate(gradient)).abs()))
 
 
-@saliency("taylor_vector")
+@saliency("taylor_vector", of_loss=True)
 def taylor_vector(evidence: Evidence) -> dict[str, Tensor]:
     """Score a unit by Σ |Σ w g|, the inner sum over each row or column that it owns ("vector")."""
     members = adapted_members(evidence.model, evidence.groups, evidence.gates.groups)

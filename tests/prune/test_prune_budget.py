@@ -151,6 +151,35 @@ def test_no_kind_pays_for_the_other_because_its_scores_are_in_another_unit(llama
         assert sum(normalised[0][name][-1] for name in same) == pytest.approx(saved)
 
 
+@pytest.mark.parametrize(
+    ("saliency", "normalise", "alike"),
+    [
+        ("fisher", "auto", False),
+        ("taylor", "auto", False),
+        ("fisher", "kind", True),
+        ("magnitude", "auto", True),
+        ("flap", "auto", True),
+        ("flap", "none", False),
+    ],
+)
+def test_scores_that_are_not_of_the_loss_do_not_compare_kinds(llama, saliency, normalise, alike):
+    settings = Prune(
+        remove=0.3, saliency=saliency, normalise=normalise, width_multiple={"ffn": 8}, layout="per_layer"
+    )
+    counted = {member.parameter for group in llama.groups.values() for member in group.members}
+    scores = scores_of(llama.groups, seed=2)
+    budgets = [
+        recipe_budget(
+            llama.groups,
+            settings,
+            {name: score * (factor if "mlp" in name else 1) for name, score in scores.items()},
+            counted=counted,
+        )
+        for factor in (1e-6, 1e6)
+    ]
+    assert (budgets[0].removed_units == budgets[1].removed_units) == alike
+
+
 def test_each_group_keeps_the_least_share(llama):
     free = budget_of(llama, 0.35, kinds=("ffn",), multiple=1)
     assert min(free.kept_units(llama.groups).values()) < 36
@@ -218,7 +247,7 @@ def test_the_most_sensitive_groups_stay_whole_if_the_recipe_says_so(llama):
             kinds=("ffn",),
             layout="per_layer",
             width_multiple={"ffn": 8},
-            distribution=Asked(unprunable=unprunable),
+            distribution=Asked(ratios=(0.5,), unprunable=unprunable),
         )
         budget = recipe_budget(
             llama.groups, settings, scores_of(llama.groups), counted=counted, distribution=measured
