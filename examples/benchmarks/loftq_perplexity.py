@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=66)
-    parser.add_argument("--calibration-windows", type=int, default=64)
+    parser.add_argument("--calibration-windows", type=int, default=128)
     arguments = parser.parse_args()
     bench = Bench.open(arguments.model or demo_folder(), arguments.steps, arguments.calibration_windows)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
