@@ -52,13 +52,17 @@ def open_text(settings: RecoverySource, tokenizer: Any, *, window: int, base: Pa
         base: The recipe's folder; a relative path may start there.
 
     Raises:
-        SourceError: If it cannot be read, or is too short.
+        SourceError: If it cannot be read, is too short, or holds no instructions though it should.
     """
     if settings.kind == "instruct":
         exchanges = read_exchanges(settings.path, base)
-        if exchanges:
-            windows = cut_exchanges(exchanges, tokenizer, window=window, name=settings.name)
-            return Text([str(exchange) for exchange in exchanges], windows)
+        if not exchanges:
+            raise SourceError(
+                f"source '{settings.name}' is of kind instruct, and has no rows with a prompt and a response",
+                "make its kind text, to learn all of it, or give .jsonl rows with prompt and response",
+            )
+        windows = cut_exchanges(exchanges, tokenizer, window=window, name=settings.name)
+        return Text([str(exchange) for exchange in exchanges], windows)
     documents = read_text(settings.path, settings.field, base)
     return Text(documents, cut_windows(documents, tokenizer, window=window, limit=None, name=settings.name))
 

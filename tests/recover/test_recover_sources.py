@@ -75,7 +75,7 @@ def test_two_sources_of_one_name_are_refused():
 
 
 def test_a_source_is_read_as_its_entry_says(tmp_path):
-    """Rows with a prompt and a response are exchanges; any other instruction data is plain text."""
+    """Rows with a prompt and a response are exchanges; of anything else not even a part passes for them."""
     asked = [{"prompt": "the cat", "response": "sat on"}, {"prompt": "a dog", "response": "ran"}]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
     (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({"body": "the cat sat"}) for _ in range(9)))
@@ -84,8 +84,9 @@ def test_a_source_is_read_as_its_entry_says(tmp_path):
     text = open_text(made, tokenizer, window=24, base=tmp_path)
     assert len(text.windows) == len(text.documents) == 2
     assert text.windows.labels is not None
-    for kind in ("text", "instruct"):
-        made = entry(kind=kind, field="body").model_copy(update={"path": "plain.jsonl"})
-        text = open_text(made, tokenizer, window=8, base=tmp_path)
-        assert text.windows.labels is None
-        assert len(text.documents) == 9
+    made = entry(kind="text", field="body").model_copy(update={"path": "plain.jsonl"})
+    text = open_text(made, tokenizer, window=8, base=tmp_path)
+    assert text.windows.labels is None
+    assert len(text.documents) == 9
+    with pytest.raises(SourceError, match="no rows with a prompt and a response"):
+        open_text(made.model_copy(update={"kind": "instruct"}), tokenizer, window=8, base=tmp_path)
