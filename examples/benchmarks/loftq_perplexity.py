@@ -89,21 +89,24 @@ class Bench:
     calibrate: Windows
     evaluate: Windows
     steps: int
+    training: Training
 
     @classmethod
-    def open(cls, folder: Path, steps: int, calibration_windows: int) -> Bench:
+    def open(cls, folder: Path, given: argparse.Namespace) -> Bench:
         """Read and cut the texts."""
         tokenizer = AutoTokenizer.from_pretrained(folder)
 
-        def cut(file: str, window: int, limit: int | None) -> Windows:
-            return cut_windows(read_text(str(DATA / file)), tokenizer, window=window, limit=limit, name=file)
+        def cut(files: list[str], window: int, limit: int | None) -> Windows:
+            text = [document for file in files for document in read_text(str(DATA / file))]
+            return cut_windows(text, tokenizer, window=window, limit=limit, name=", ".join(files))
 
         return cls(
             folder=folder,
-            train=cut("wikipedia.jsonl", 256, None),
-            calibrate=cut("wikipedia.jsonl", 512, calibration_windows),
-            evaluate=cut("wikitext2.jsonl", 512, 16),
-            steps=steps,
+            train=cut(["wikipedia.jsonl", *(["c4.jsonl.gz"] if given.with_c4 else [])], 256, None),
+            calibrate=cut(["wikipedia.jsonl"], 512, given.calibration_windows),
+            evaluate=cut(["wikitext2.jsonl"], 512, 16),
+            steps=given.steps,
+            training=Training(learning_rate=given.learning_rate, batch_size=4, distill=given.distill),
         )
 
     def model(self) -> Any:
@@ -152,9 +155,10 @@ class Bench:
             "before": self.perplexity(model),
         }
         if self.steps:
-            training = Training(learning_rate=1e-3, batch_size=4, distill=1.0)
             source = Source("Wikipedia", "text", self.train, None)
-            recover(model, self.model(), Recover(steps=self.steps, training=training), [source], seed=seed)
+            recover(
+                model, self.model(), Recover(steps=self.steps, training=self.training), [source], seed=seed
+            )
             row["after"] = self.perplexity(model)
         return {**row, "steps": self.steps}
 
@@ -167,9 +171,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=66)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--distill", type=float, default=1.0)
+    parser.add_argument("--with-c4", action="store_true", help="train on C4 too; give another output then")
     parser.add_argument("--calibration-windows", type=int, default=128)
     arguments = parser.parse_args()
-    bench = Bench.open(arguments.model or demo_folder(), arguments.steps, arguments.calibration_windows)
+    bench = Bench.open(arguments.model or demo_folder(), arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     rows = (
         [json.loads(line) for line in arguments.output.read_text().splitlines()]

@@ -51,15 +51,21 @@ def config_with_biases(kind: Any, config: Any, wanted: Collection[str]) -> Any:
     plain = _names(kind, config)
     changed = copy.deepcopy(config)
     missing = set(wanted) - plain
+    refused: dict[str, ShrinkError] = {}
     for field in _switches(config) if missing else ():
-        further = _names(kind, config, field) - plain
+        try:
+            further = _names(kind, config, field) - plain
+        except ShrinkError as error:  # no switch of biases, then; told below if none is found
+            refused[field] = error
+            continue
         if further & missing and all(name.endswith(".bias") for name in further):
             setattr(changed, field, True)
     left = sorted(set(wanted) - _names(kind, changed))
     if left:
+        without = f" (it cannot be built with {', '.join(refused)})" if refused else ""
         raise ShrinkError(
             f"{kind.__name__} has no place for {left[0]}{f' and {len(left) - 1} more' if len(left) > 1 else ''}: no "
-            f"switch of {type(config).__name__} gives that layer a bias",
+            f"switch of {type(config).__name__} gives that layer a bias{without}",
             "set prune.repair to least_squares, which changes no shape",
         )
     return changed
@@ -76,12 +82,20 @@ def _switches(config: Any) -> list[str]:
 
 
 def _names(kind: Any, config: Any, *switches: str) -> set[str]:
-    """Return the names of what a class builds with some switches on, none if it refuses them."""
+    """Return the names of what a class builds with some switches on.
+
+    Raises:
+        ShrinkError: If it cannot be built so.
+    """
     switched = copy.deepcopy(config)
     try:
         for field in switches:
             setattr(switched, field, True)
         with torch.device("meta"):
             return set(kind(switched).state_dict())
-    except (ValueError, RuntimeError, TypeError, AttributeError, ImportError, NotImplementedError):
-        return set()
+    except Exception as error:  # a class says in its own way that a configuration is none
+        how = f" with {', '.join(switches)}" if switches else ""
+        raise ShrinkError(
+            f"{kind.__name__} cannot be built{how} from its configuration: {error}",
+            "set prune.repair to least_squares, which changes no shape",
+        ) from error

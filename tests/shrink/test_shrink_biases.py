@@ -60,3 +60,21 @@ def test_a_class_that_has_no_place_for_a_bias_is_named():
     )
     with pytest.raises(ShrinkError, match=r"Qwen2ForCausalLM has no place for model.* and 1 more: no switch"):
         config_with_biases(Qwen2ForCausalLM, config, [DOWN, OUT])
+
+
+class Refusing(nn.Linear):
+    """A class that knows no biases, and refuses some of its configuration's switches."""
+
+    def __init__(self, config):
+        if config.mlp_bias or config.vocab_size == 0:
+            raise KeyError("no such thing")  # of a kind that nobody would think of
+        super().__init__(4, 4, bias=False)
+
+
+def test_what_a_class_refuses_is_told_and_not_passed_over():
+    config = LlamaConfig()
+    with pytest.raises(ShrinkError, match=r"no switch of .* \(it cannot be built with mlp_bias\)"):
+        config_with_biases(Refusing, config, ["weight", "bias"])
+    config.vocab_size = 0
+    with pytest.raises(ShrinkError, match="Refusing cannot be built from its configuration: 'no such thing'"):
+        config_with_biases(Refusing, config, ["weight"])
