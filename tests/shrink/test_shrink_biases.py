@@ -78,3 +78,17 @@ def test_what_a_class_refuses_is_told_and_not_passed_over():
     config.vocab_size = 0
     with pytest.raises(ShrinkError, match="Refusing cannot be built from its configuration: 'no such thing'"):
         config_with_biases(Refusing, config, ["weight"])
+
+
+class Widening(nn.Linear):
+    """A class whose switch brings more than biases."""
+
+    def __init__(self, config):
+        super().__init__(4, 4, bias=config.mlp_bias)
+        if config.mlp_bias:
+            self.gate = nn.Linear(4, 4, bias=False)
+
+
+def test_a_switch_that_brings_more_than_biases_is_none():
+    with pytest.raises(ShrinkError, match="no switch of LlamaConfig"):
+        config_with_biases(Widening, LlamaConfig(), ["weight", "bias"])
