@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import TrainingError
+from graphprune.prune.token_loss import token_loss
 from graphprune.source.text import IGNORED, Batch
 
 Logits = Callable[[Tensor], Tensor]
@@ -44,24 +45,17 @@ class Objective:
     def __call__(self, batch: Tensor | Batch) -> Tensor:
         """Return the loss of a batch, a scalar: the mean over the tokens that are to be learned."""
         ids, labels = (batch, batch) if isinstance(batch, Tensor) else (batch.ids, batch.labels)
-        targets = labels[:, 1:].flatten()
-        kept = None if isinstance(batch, Tensor) else targets != IGNORED
-        targets = targets if kept is None else targets[kept]
-        predicted = self._log_probabilities(self.student, ids, kept)
-        loss = nn.functional.nll_loss(predicted, targets)
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        predicted = self._rows(self.student, ids)
         if self.teacher is None or self.distill == 0:
-            return loss
+            return token_loss(predicted, None, targets, 0.0)
         with torch.no_grad():
-            wanted = self._log_probabilities(self.teacher, ids, kept)
-            probability = wanted.exp()
-            entropy = -(probability * wanted).sum()
-        divergence = -((probability * predicted).sum() + entropy) / len(predicted)
-        return loss + self.distill * divergence
+            wanted = self._rows(self.teacher, ids)
+        return token_loss(predicted, wanted, targets, self.distill)
 
-    def _log_probabilities(self, logits: Logits, ids: Tensor, kept: Tensor | None) -> Tensor:
+    def _rows(self, logits: Logits, ids: Tensor) -> Tensor:
         with _precision(self.autocast, ids):
-            rows = logits(ids)[:, :-1].flatten(0, 1)
-            return (rows if kept is None else rows[kept]).float().log_softmax(-1)
+            return logits(ids).flatten(0, 1)
 
 
 def train(
