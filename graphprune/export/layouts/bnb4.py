@@ -10,7 +10,7 @@ from graphprune.errors import ExportError
 from graphprune.export.graph_writer import MICROSOFT, GraphWriter
 from graphprune.export.layouts.codes import codebook_codes, nibbles
 from graphprune.export.layouts.registry import layout
-from graphprune.export.layouts.scales import flat_scales
+from graphprune.export.layouts.scales import flat_absmax
 from graphprune.export.packed_matrix import PackedMatrix, pack
 from quant import get_format
 
@@ -27,7 +27,7 @@ def write_bnb4(writer: GraphWriter, x: ir.Value, weight: PackedMatrix) -> ir.Val
     codes = _codes(writer, weight, nf4_codes)
     return writer.node(
         "MatMulBnb4",
-        [x, codes, flat_scales(writer, f"{weight.name}.absmax", weight.scales)],
+        [x, codes, flat_absmax(writer, weight)],
         domain=MICROSOFT,
         K=weight.in_features,
         N=weight.out_features,

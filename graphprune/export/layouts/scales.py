@@ -5,13 +5,30 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from graphprune.errors import ExportError
 from graphprune.export.graph_writer import GraphWriter
 from graphprune.export.packed_matrix import PackedMatrix
 from quant.scales import DOUBLE_BLOCK, Scales, dynamic_levels
 
 
-def flat_scales(writer: GraphWriter, name: str, scales: Scales) -> ir.Value:
-    """Add what computes one float32 number a block, (blocks,), from the numbers as they are stored."""
+def flat_absmax(writer: GraphWriter, weight: PackedMatrix) -> ir.Value:
+    """Add what computes absmax, float32 (blocks,)."""
+    if weight.parts:
+        return writer.node("Concat", [flat_absmax(writer, part) for part in weight.parts], axis=0)
+    return _flat(writer, f"{weight.name}.absmax", weight.scales)
+
+
+def flat_offsets(writer: GraphWriter, weight: PackedMatrix) -> ir.Value:
+    """Add what computes the offsets of an affine weight, float32 (blocks,)."""
+    if weight.parts:
+        return writer.node("Concat", [flat_offsets(writer, part) for part in weight.parts], axis=0)
+    if weight.offsets is None:
+        raise ExportError(f"{weight.name} has no offsets", "report this as a bug")
+    return _flat(writer, f"{weight.name}.offset", weight.offsets)
+
+
+def _flat(writer: GraphWriter, name: str, scales: Scales) -> ir.Value:
+    """Add what computes one float32 number a block from the numbers as they are stored."""
     parts = {
         part: writer.initializer(part, tensor.cpu().numpy) for part, tensor in scales.parts(name).items()
     }
@@ -34,7 +51,7 @@ def flat_scales(writer: GraphWriter, name: str, scales: Scales) -> ir.Value:
 
 def row_scales(writer: GraphWriter, weight: PackedMatrix, block: int, divisor: float = 1.0) -> ir.Value:
     """Add what computes `absmax / divisor` for each block of a row: float32 (out_features, in_features / block)."""
-    flat = flat_scales(writer, f"{weight.name}.absmax", weight.scales)
+    flat = flat_absmax(writer, weight)
     if divisor != 1:
         flat = writer.node("Div", [flat, _number(writer, divisor)])
     return _in_rows(writer, weight, flat, block)
@@ -44,10 +61,9 @@ def row_offsets(writer: GraphWriter, weight: PackedMatrix, block: int, share: fl
     """Add what computes `offset + share * absmax` for each block of a row, the offset being 0 if there is none."""
     terms = []
     if share:
-        absmax = flat_scales(writer, f"{weight.name}.absmax", weight.scales)
-        terms.append(writer.node("Mul", [absmax, _number(writer, share)]))
+        terms.append(writer.node("Mul", [flat_absmax(writer, weight), _number(writer, share)]))
     if weight.offsets is not None:
-        terms.append(flat_scales(writer, f"{weight.name}.offset", weight.offsets))
+        terms.append(flat_offsets(writer, weight))
     flat = terms[0] if len(terms) == 1 else writer.node("Add", terms)
     return _in_rows(writer, weight, flat, block)
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphprune.export.graph_writer import GraphWriter
 from graphprune.export.layouts.codes import expanded
 from graphprune.export.layouts.registry import always, layout
-from graphprune.export.layouts.scales import flat_scales
+from graphprune.export.layouts.scales import flat_absmax, flat_offsets
 from graphprune.export.packed_matrix import PackedMatrix
 
 
@@ -22,7 +22,8 @@ def write_unpacked(writer: GraphWriter, x: ir.Value, weight: PackedMatrix) -> ir
 
 def unpacked(writer: GraphWriter, weight: PackedMatrix) -> ir.Value:
     """Add the nodes that compute the float32 matrix (out_features, in_features)."""
-    size, blocks, block = weight.codes.size, len(weight.scales.stored), weight.block_size
+    size, block = weight.codes.size, weight.block_size
+    blocks = -(-size // block)
     missing = blocks * block - size
     # The last block may be incomplete: fill it up with code 0, and cut off after scaling.
     whole = replace(
@@ -32,10 +33,11 @@ def unpacked(writer: GraphWriter, weight: PackedMatrix) -> ir.Value:
     )
     values = expanded(writer, whole, weight.levels, "table.float")
     scaled = writer.node("Reshape", [values, writer.integers(blocks, block)])
-    for operator, each, part in (("Mul", weight.scales, "absmax"), ("Add", weight.offsets, "offset")):
-        if each is not None:
-            column = flat_scales(writer, f"{weight.name}.{part}", each)
-            scaled = writer.node(operator, [scaled, writer.node("Unsqueeze", [column, writer.integers(1)])])
+    columns = [("Mul", flat_absmax(writer, weight))]
+    if weight.offsets is not None:
+        columns.append(("Add", flat_offsets(writer, weight)))
+    for operator, column in columns:
+        scaled = writer.node(operator, [scaled, writer.node("Unsqueeze", [column, writer.integers(1)])])
     flat = writer.node("Reshape", [scaled, writer.integers(-1)])
     cut = writer.node("Slice", [flat, writer.integers(0), writer.integers(size), writer.integers(0)])
     return writer.node("Reshape", [cut, writer.integers(weight.out_features, weight.in_features)])
