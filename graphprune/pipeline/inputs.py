@@ -12,6 +12,7 @@ from graphprune.coupling.kinds import Kind
 from graphprune.errors import RecipeError
 from graphprune.prune.costs import check_cost
 from graphprune.prune.methods.registry import method_named
+from graphprune.prune.target import check_windows
 from graphprune.recipe import Recipe, RecoverySource
 from graphprune.recover.course import check_course
 from graphprune.recover.sources import Source, open_text, split_sources, without
@@ -56,7 +57,8 @@ def open_inputs(recipe: Recipe, base: Path) -> Inputs:
 
     Raises:
         SourceError: If the model or a text cannot be opened, or a text is too short for one window.
-        RecipeError: If a saliency or a format does not exist, texts overlap, or recovery has too few steps.
+        RecipeError: If a saliency or a format does not exist, texts overlap or have too few windows, or recovery has
+            too few steps.
     """
     _check_names(recipe)
     data = recipe.data
@@ -74,6 +76,7 @@ def open_inputs(recipe: Recipe, base: Path) -> Inputs:
     )
     sources, more_text = _open_sources(recipe, tokenizer, base, train, set(evaluate_text))
     train = without(train, [source.held_out for source in sources if source.held_out is not None])
+    check_windows(recipe.prune, train)
     digest = hashlib.sha256(recipe.digest.encode())
     for part in (*train_text, *evaluate_text, *more_text):
         digest.update(part.encode())

@@ -37,9 +37,9 @@ OUTPUTS_ON_PRUNED = {
 }
 
 STAGES: dict[str, Callable[[Session], str]] = {
-    "evaluate": stages.dense_stage,
     "trace": stages.trace_stage,
     "certify": stages.certify_stage,
+    "evaluate": stages.dense_stage,
     "prune": stages.prune_stage,
     "reload": stages.reload_stage,
     "quantize": stages.quantize_stage,
