@@ -61,7 +61,8 @@ class LHSPG(torch.optim.AdamW):
         on_period: Called when a period has chosen its units, before they fade.
 
     Raises:
-        TrainingError: If a group is asked to lose more units than it can, or the mode cannot work on this model.
+        TrainingError: If a group is asked to lose more units than it can, the mode cannot work on this model, or
+            another optimizer's gates are on it.
         BudgetError: If the share cannot be removed.
     """
 
@@ -95,9 +96,6 @@ class LHSPG(torch.optim.AdamW):
         self._steps = 0
         super().__init__(list(params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._mode = mode
-        self._fading = self._faded_by(mode, params, paper)
-        if self._fading.parameters:
-            self.add_param_group({"params": self._fading.parameters, "lr": 0.0, "weight_decay": 0.0})
         device = params.trainable[0].device
         sizes = {name: params.groups[name].size for name in self._units}
         for name, size in sizes.items():
@@ -106,6 +104,9 @@ class LHSPG(torch.optim.AdamW):
                     f"scores has no {size} numbers for the units of '{name}'",
                     "give one tensor for each group",
                 )
+        self._fading = self._faded_by(mode, params, paper)
+        if self._fading.parameters:
+            self.add_param_group({"params": self._fading.parameters, "lr": 0.0, "weight_decay": 0.0})
         first = {name: scores[name] if scores else torch.zeros(size) for name, size in sizes.items()}
         self._saliency = {
             name: score.detach().to(device, torch.float32, copy=True) for name, score in first.items()

@@ -49,7 +49,7 @@ class LoRAPrune(torch.optim.AdamW):
 
     Raises:
         TrainingError: If a group is asked to lose more units than it can, or has no weight with an adapter; if an
-            exempt name is that of no group that may lose units.
+            exempt name is that of no group that may lose units, or another optimizer's gates are on the model.
         BudgetError: If the share cannot be removed.
     """
 

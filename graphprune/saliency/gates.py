@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from graphprune.coupling.groups import NodeGroup, NodeGroups
 from graphprune.errors import TrainingError
 from graphprune.saliency.norms import normed_weights
+from graphprune.shrink.gated import GateHook
 
 StandIn = Callable[[Tensor], Tensor]
 """From an activation (…, axis) to what takes the place of its gated share, of the same shape."""
@@ -121,7 +122,7 @@ class Gates:
             value.grad = None
         return found
 
-    def _hook(self, consumer: Consumer) -> Any:
+    def _hook(self, consumer: Consumer) -> GateHook:
         def scale(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self._open:
                 return None
@@ -131,7 +132,7 @@ class Gates:
                 made = self._made[consumer.source] = (weakref.ref(source), self._gated(consumer, source))
             return (made[1], *rest)
 
-        return scale
+        return GateHook(scale)
 
     def _gated(self, consumer: Consumer, source: Tensor) -> Tensor:
         factor = self._factor(consumer.owners)
