@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from graphprune.coupling.kinds import Kind
 from graphprune.errors import RecipeError
+from graphprune.pipeline.stamps import LATER, section_digest, start_digest
 from graphprune.prune.costs import check_cost
 from graphprune.prune.methods.registry import method_named
 from graphprune.prune.target import check_windows
@@ -35,7 +37,8 @@ class Inputs:
         train: Text to learn from, but for what recovery's sources hold out.
         evaluate: Text to judge by.
         sources: What recovery learns from.
-        fingerprint: Of the recipe and everything above: a run folder belongs to one of these.
+        fingerprint: Of all that every stage reads: a run folder belongs to one of these.
+        sections: Hashes of the recipe's sections that only later stages read, by name.
     """
 
     recipe: Recipe
@@ -46,6 +49,7 @@ class Inputs:
     evaluate: Windows
     sources: tuple[Source, ...]
     fingerprint: str
+    sections: Mapping[str, str]
 
 
 def open_inputs(recipe: Recipe, base: Path) -> Inputs:
@@ -77,13 +81,12 @@ def open_inputs(recipe: Recipe, base: Path) -> Inputs:
     sources, more_text = _open_sources(recipe, tokenizer, base, train, set(evaluate_text))
     train = without(train, [source.held_out for source in sources if source.held_out is not None])
     check_windows(recipe.prune, train)
-    digest = hashlib.sha256(recipe.digest.encode())
-    for part in (*train_text, *evaluate_text, *more_text):
-        digest.update(part.encode())
-    digest.update(_model_stamp(source).encode())
-    return Inputs(
-        recipe, source, load_config(source), tokenizer, train, evaluate, sources, digest.hexdigest()
-    )
+    ids = (windows.ids.numpy().tobytes() for windows in (train, evaluate))
+    start = start_digest(recipe, _model_stamp(source), *train_text, *evaluate_text, *ids)
+    sections = {
+        name: section_digest(recipe, name, *(more_text if name == "recover" else ())) for name in LATER
+    }
+    return Inputs(recipe, source, load_config(source), tokenizer, train, evaluate, sources, start, sections)
 
 
 def _open_sources(
