@@ -118,7 +118,7 @@ def _open_sources(
 def _check_names(recipe: Recipe) -> None:
     method_named(recipe.prune.method)
     saliency_named(recipe.prune.saliency)
-    check_cost(recipe.prune.budget)
+    check_cost(recipe.prune.budget, "prune.budget")
     for key, kinds in (("kinds", recipe.prune.kinds), ("width_multiple", tuple(recipe.prune.width_multiple))):
         for kind in kinds:
             if kind not in get_args(Kind):

@@ -163,7 +163,8 @@ def allot(
         raise BudgetError(
             f"no group can lose a unit, save {cost.name}, and keep {keep_at_least:.0%} of its units and a multiple "
             f"of {multiple}",
-            f"lower prune.width_multiple or prune.keep_at_least; the kinds are {kinds}",
+            f"lower width_multiple, by kind ({kinds}), or keep_at_least "
+            "(recipe: prune.width_multiple, prune.keep_at_least)",
         )
     goal = before * (1 - remove)
     found = allocate(items, tied, goal=goal, tolerance=step / 2)
@@ -171,7 +172,8 @@ def allot(
         raise BudgetError(
             f"{remove:.1%} of the {cost.name} cannot be removed from {kinds}; "
             f"the nearest is {1 - found.cost / before:.1%}",
-            "ask for that, allow more kinds, or lower prune.keep_at_least",
+            "ask for that, allow more kinds, or lower keep_at_least "
+            "(recipe: prune.remove, prune.kinds, prune.keep_at_least)",
         )
     removed = {name: count for family in families for name in family if (count := found.removed[family[0]])}
     after = cost({name: groups[name].size - count for name, count in removed.items()})

@@ -116,7 +116,7 @@ class Gates:
             if value.grad is None:
                 raise TrainingError(
                     f"the units of '{name}' cannot be gated: no module that reads them is called",
-                    "leave this kind out of prune.kinds",
+                    "leave this kind out of kinds (recipe: prune.kinds)",
                 )
             found[name] = value.grad
             value.grad = None
@@ -140,7 +140,7 @@ class Gates:
             raise TrainingError(
                 f"the module that owns {consumer.parameter} reads an input of shape {tuple(source.shape)}, "
                 f"and {factor.numel()} gates do not fit its axis {consumer.dim}",
-                "leave this kind out of prune.kinds",
+                "leave this kind out of kinds (recipe: prune.kinds)",
             )
         shape = [1] * source.dim()
         shape[consumer.dim] = -1
@@ -193,7 +193,7 @@ def _consumers(groups: NodeGroups, gated: Mapping[str, NodeGroup]) -> tuple[Cons
         if not group.consumers:
             raise TrainingError(
                 f"no operator consumes the units of '{name}', so they have no contribution to gate",
-                "leave this kind out of prune.kinds",
+                "leave this kind out of kinds (recipe: prune.kinds)",
             )
         for member in group.consumers:
             owner = torch.from_numpy(group.owner(member))
@@ -204,7 +204,8 @@ def _consumers(groups: NodeGroups, gated: Mapping[str, NodeGroup]) -> tuple[Cons
             raise TrainingError(
                 f"{parameter} is rescaled by a norm of itself ({normed[parameter]}), which removing units changes and "
                 "closing their gates does not",
-                "attach plain LoRA adapters there instead of DoRA, or leave this kind out of prune.kinds",
+                "attach plain LoRA adapters there instead of DoRA, or leave this kind out of kinds "
+                "(recipe: prune.kinds)",
             )
     return tuple(
         Consumer(parameter, axis, *places[parameter], owner) for (parameter, axis), owner in owners.items()

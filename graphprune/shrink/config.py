@@ -56,8 +56,8 @@ def fit_config(config: Any, model: nn.Module, groups: NodeGroups, plan: Plan) ->
         return _valid(fitting)
     raise ShrinkError(
         f"no setting of {type(config).__name__} describes the smaller model",
-        "prune the same number of units from every layer, or other kinds; any layout per layer (prune.layout: "
-        "per_layer) is opened by graphprune.load",
+        "prune the same number of units from every layer, or other kinds; any layout per layer is opened by "
+        "graphprune.load (recipe: prune.layout)",
     )
 
 
@@ -68,8 +68,8 @@ def _valid(config: Any) -> Any:
     except Exception as error:  # huggingface_hub wraps what the class's own checks raise
         raise RefusedWidthsError(
             f"stock {type(config).__name__} refuses the smaller model's widths: {' '.join(str(error).split())}",
-            "choose the widths of that kind by width_multiple, or another share to remove; a layout per layer "
-            "is opened by graphprune.load instead",
+            "choose the widths of that kind by width_multiple, or another share to remove; any layout per layer is "
+            "opened by graphprune.load (recipe: prune.width_multiple, prune.remove, prune.layout)",
         ) from error
     return config
 
