@@ -26,6 +26,7 @@ from graphprune.prune.methods.registry import Pruned, Task, check_task, method_n
 from graphprune.prune.precision import use_bfloat16
 from graphprune.prune.training import Row
 from graphprune.recover.recovery import Recovered, recover
+from graphprune.report.formatting import against_dense
 from graphprune.report.group_document import group_document
 from graphprune.report.group_files import write_groups
 from graphprune.shrink.biases import config_with_biases
@@ -270,7 +271,7 @@ def _rounds(recovered: Recovered) -> str:
         return ""
     return (
         f" in {sum(row.number > 0 for row in recovered.rounds)} rounds; the best is {best.phase} {best.number}: "
-        f"mean loss above the dense model's {recovered.rounds[0].mean:.3f} → {best.mean:.3f}"
+        f"mean loss {against_dense(recovered.rounds[0].mean)} the dense model's → {against_dense(best.mean)}"
     )
 
 

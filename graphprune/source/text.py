@@ -209,10 +209,13 @@ def _record(line: str, field: str, path: Path, number: int) -> str:
         text = json.loads(line)[field]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise SourceError(
-            f"{path}:{number} is not a record with field '{field}': {error!r}", "name the field (recipe: data.field)"
+            f"{path}:{number} is not a record with field '{field}': {error!r}",
+            "name the field (recipe: data.field)",
         ) from error
     if not isinstance(text, str):
-        raise SourceError(f"{path}:{number}: field '{field}' is not text", "name the field (recipe: data.field)")
+        raise SourceError(
+            f"{path}:{number}: field '{field}' is not text", "name the field (recipe: data.field)"
+        )
     return text
 
 
