@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from graphprune.errors import RunFolderError
+from graphprune.errors import RunFolderError, TrainingError
 from graphprune.files import remove, write_text
 from graphprune.pipeline import stages
 from graphprune.pipeline.folder import RunFolder, StageRecord, open_run_folder
@@ -36,6 +37,9 @@ OUTPUTS_ON_PRUNED = {
     "recover": ("recovered/config.json", "recovered/model.safetensors"),
     "quantize": OUTPUTS["recover"] + OUTPUTS["quantize"][1:],
 }
+
+_PROCESSES = "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
+"""Where torchrun, accelerate and MPI say how many processes there are."""
 
 STAGES: dict[str, Callable[[Session], str]] = {
     "trace": stages.trace_stage,
@@ -126,6 +130,7 @@ def stage_order(recipe: Recipe) -> list[str]:
 def _opened(
     recipe_path: Path, output: Path, reporter: Reporter, model: str | None, fresh: bool
 ) -> Iterator[Session]:
+    _check_alone()
     recipe = load_recipe(recipe_path, {"model.id": model} if model else None)
     reporter.say(f"recipe {recipe_path}, model {recipe.model.id}, into {output}")
     inputs = open_inputs(recipe, recipe_path.resolve().parent)
@@ -137,6 +142,18 @@ def _opened(
             _forget_changed(session)
             _forget_lost(folder, recipe)
             yield session
+
+
+def _check_alone() -> None:
+    """Refuse to be one of several processes: each would do the whole run, and in one folder."""
+    for name in _PROCESSES:
+        count = os.environ.get(name, "1")
+        if count != "1":
+            raise TrainingError(
+                f"a recipe is run by one process, and this is one of {count} ({name})",
+                "start graphprune itself, without accelerate launch or torchrun; what several processes can share is "
+                "a training loop of your own, with LHSPG as its optimizer",
+            )
 
 
 def _do_all(session: Session, names: list[str]) -> list[str]:

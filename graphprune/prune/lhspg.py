@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import TrainingError
 from graphprune.prune.fading import Fading
-from graphprune.prune.finite import require_finite
+from graphprune.prune.finite import finite_loss
 from graphprune.prune.gated_mode import GatedMode
 from graphprune.prune.paper_mode import PaperChoices, PaperMode
 from graphprune.prune.param_groups import ParameterGroups, require_units
@@ -176,11 +176,7 @@ class LHSPG(torch.optim.AdamW):
         Raises:
             TrainingError: If a gradient is not finite; nothing has been changed then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        require_finite(self, self._steps)
+        loss = finite_loss(self, closure, self._steps)
         for name, observed in self._fading.observe().items():
             self._saliency[name].mul_(self._memory).add_(observed, alpha=1 - self._memory)
         super().step()
