@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from graphprune.errors import ExportError
 from graphprune.export.embeddings import write_embedding
 from graphprune.export.graph_writer import GraphWriter
-from graphprune.export.layouts import choose_layout
+from graphprune.export.layouts import Profile, choose_layout
 from graphprune.export.packed_matrix import PackedMatrix
 from graphprune.export.stand_ins import DOMAIN, LINEAR
 from quant import QuantEmbedding, QuantizedTensor, QuantLinear
@@ -23,12 +23,14 @@ class ModuleWriter:
     Args:
         model: The model whose modules the stand-ins name.
         graph: The graph with stand-ins.
+        profile: What the file is to run on.
         exact: Whether to use only layouts that hold the quantized weights without rounding.
     """
 
-    def __init__(self, model: nn.Module, graph: ir.Graph, *, exact: bool) -> None:
+    def __init__(self, model: nn.Module, graph: ir.Graph, *, profile: Profile, exact: bool) -> None:
         self._model = model
         self._graph = graph
+        self._profile = profile
         self._exact = exact
         self._writer = GraphWriter(graph)
         self._names: dict[tuple[int, ...], str] = {}
@@ -48,7 +50,7 @@ class ModuleWriter:
     def _linear(self, name: str, module: nn.Module, x: ir.Value) -> ir.Value:
         if isinstance(module, QuantLinear):
             weight = self._packed(name, module.quantized)
-            y = choose_layout(weight, exact=self._exact).write(self._writer, x, weight)
+            y = choose_layout(weight, self._profile, exact=self._exact).write(self._writer, x, weight)
             y = self._adapter(name, module, x, y)
         else:
             dense = self._dense(f"{name}.weight", module.get_parameter("weight"))
@@ -59,7 +61,7 @@ class ModuleWriter:
 
     def _embedding(self, name: str, module: nn.Module, ids: ir.Value) -> ir.Value:
         if isinstance(module, QuantEmbedding):
-            return write_embedding(self._writer, ids, self._packed(name, module.quantized))
+            return write_embedding(self._writer, ids, self._packed(name, module.quantized), self._profile)
         return self._writer.node(
             "Gather", [self._dense(f"{name}.weight", module.get_parameter("weight")), ids], axis=0
         )

@@ -25,6 +25,8 @@ from graphprune.export.decoder import (
     dynamic_shapes,
     example_inputs,
 )
+from graphprune.export.graph_writer import MICROSOFT
+from graphprune.export.layouts import Profile, check_profile
 from graphprune.export.modules import ModuleWriter
 from graphprune.export.simplify import forget_traces, name_dimensions, name_initializers, simplify
 from graphprune.export.stand_ins import replaced, stand_in
@@ -43,6 +45,7 @@ def export_onnx(
     model: nn.Module,
     folder: Path,
     *,
+    profile: Profile = "cpu",
     exact: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
@@ -58,6 +61,8 @@ def export_onnx(
     Args:
         model: A float32 causal language model of transformers that takes a `DynamicCache`. It is not changed.
         folder: Where the two files go.
+        profile: What the file is to run on: "cpu" and "cuda" have ONNX Runtime's own operators where these are faster,
+            "portable" those of the ONNX standard alone.
         exact: Hold the quantized weights without rounding. Otherwise codebooks that ONNX Runtime has no fast
             kernel for (NF4) are rounded to the 8-bit grid on which it computes.
         metadata: Entries for the file's `metadata_props`.
@@ -68,6 +73,7 @@ def export_onnx(
     Raises:
         ExportError: If the model cannot be traced or translated.
     """
+    check_profile(profile)
     _check(model)
     training = model.training
     model.eval()
@@ -76,7 +82,7 @@ def export_onnx(
         onnx = _trace(model, layers)
         name_initializers(onnx.graph, CachedDecoder.PREFIX)
         simplify(onnx)
-        ModuleWriter(model, onnx.graph, exact=exact).write_all()
+        ModuleWriter(model, onnx.graph, profile=profile, exact=exact).write_all()
     finally:
         model.train(training)
     _finish(onnx, layers, metadata or {})
@@ -132,7 +138,9 @@ def _finish(onnx: ir.Model, layers: list[CacheLayer], metadata: Mapping[str, str
     name_dimensions(onnx.graph.outputs, [(BATCH, SEQUENCE, None), *present])
     forget_traces(onnx)
     onnx.graph.name = "decoder"
-    onnx.opset_imports.update({"": OPSET, "com.microsoft": 1})
+    onnx.opset_imports[""] = OPSET
+    if any(node.domain == MICROSOFT for node in onnx.graph):
+        onnx.opset_imports[MICROSOFT] = 1
     onnx.metadata_props.update(metadata)
 
 
