@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -309,11 +308,6 @@ class Recipe(_Section):
     recover: Recover = Recover()
     export: Export = Export()
     report: Report = Report()
-
-    @property
-    def digest(self) -> str:
-        """A hash of every setting: equal recipes may share a run folder."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:

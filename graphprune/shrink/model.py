@@ -47,8 +47,8 @@ def shrink(
 
     Raises:
         CouplingError: If the groups are of another model.
-        ShrinkError: If the plan does not fit, the groups are those of an ONNX file, or a module was asked for and its
-            own code does not follow.
+        ShrinkError: If the plan does not fit, the groups are those of an ONNX file, an optimizer's gates are still on
+            the model, or a module was asked for and its own code does not follow.
     """
     plan = fitting_plan(plan, model, groups)
     kept = plan.kept(groups)
