@@ -281,6 +281,10 @@ class Export(_Section):
     profile: Literal["cpu", "cuda", "portable"] = Field(
         default="cpu", description="what it is to run on; portable has operators of the ONNX standard alone"
     )
+    adapters: Literal["overridable", "constant", "merged"] = Field(
+        default="overridable",
+        description="constant is faster and takes no others; merged is dense float32, adapters added",
+    )
     weights: Literal["fast", "exact"] = Field(
         default="fast", description="fast rounds NF4 levels to 8-bit integers"
     )

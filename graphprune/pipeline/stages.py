@@ -288,7 +288,12 @@ def export_stage(session: Session) -> str:
     exact = settings.weights == "exact"
     with session.reporter.task("torch.onnx export"):
         path = export_onnx(
-            session.quantized, unverified, profile=settings.profile, exact=exact, metadata=metadata
+            session.quantized,
+            unverified,
+            profile=settings.profile,
+            exact=exact,
+            adapters=settings.adapters,
+            metadata=metadata,
         )
         session.inputs.tokenizer.save_pretrained(unverified)
         _write_genai_config(session, unverified)
