@@ -133,6 +133,12 @@ class TrainingError(GraphPruneError, RuntimeError):
     exit_code = 3
 
 
+class QuantizationError(GraphPruneError, RuntimeError):
+    """Weights could not be quantized as the recipe asks."""
+
+    exit_code = 3
+
+
 class ExportError(GraphPruneError, RuntimeError):
     """The model could not be written as ONNX."""
 

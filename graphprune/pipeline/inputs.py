@@ -15,7 +15,7 @@ from graphprune.pipeline.stamps import LATER, section_digest, start_digest
 from graphprune.prune.costs import check_cost
 from graphprune.prune.methods.registry import method_named
 from graphprune.prune.target import check_windows
-from graphprune.recipe import Recipe, RecoverySource
+from graphprune.recipe import Quantize, Recipe, RecoverySource
 from graphprune.recover.course import check_course
 from graphprune.recover.sources import Source, open_text, split_sources, without
 from graphprune.saliency.registry import saliency_named
@@ -23,6 +23,8 @@ from graphprune.source.model import ModelSource, find_model, load_config, load_t
 from graphprune.source.text import Windows, cut_windows, read_text
 from quant.codebooks import get_format
 from quant.errors import QuantError
+
+_SCALE_BITS = {"float32": 32, "float16": 16, "double": 8.125}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +130,31 @@ def _check_names(recipe: Recipe) -> None:
     for key, name in (
         ("quantize.format", recipe.quantize.format),
         ("quantize.embedding", recipe.quantize.embedding),
+        *(("quantize.mix_formats", name) for name in recipe.quantize.mix_formats),
     ):
         try:
             if name is not None:
                 get_format(name)
         except QuantError as error:
             raise RecipeError(f"{key}: {error.problem}", error.remedy) from error
+    _check_bits(recipe.quantize)
+
+
+def _check_bits(settings: Quantize) -> None:
+    """Raise a RecipeError if the narrowest format of a mix takes more bits than there are."""
+    if settings.bits is None:
+        return
+    least, narrowest = min((_bits(settings, name), name) for name in settings.mix_formats)
+    if settings.bits < least:
+        raise RecipeError(
+            f"quantize.bits: {settings.bits} bits a weight, and {narrowest} takes {least:.4g} with its scales",
+            "raise it, set quantize.scale_storage to double, or raise quantize.block_size",
+        )
+
+
+def _bits(settings: Quantize, name: str) -> float:
+    format = get_format(name)
+    return format.bits + (1 + format.affine) * _SCALE_BITS[settings.scale_storage] / settings.block_size
 
 
 def _local(reference: str, base: Path) -> str:

@@ -15,6 +15,7 @@ from graphprune.pipeline.folder import RunFolder, StageRecord, open_run_folder
 from graphprune.pipeline.inputs import open_inputs
 from graphprune.pipeline.measure import Stopwatch
 from graphprune.pipeline.progress import Reporter
+from graphprune.pipeline.quantize import quantize_stage
 from graphprune.pipeline.session import Session
 from graphprune.pipeline.stamps import stage_stamps
 from graphprune.pipeline.summary import report_stage
@@ -47,7 +48,7 @@ STAGES: dict[str, Callable[[Session], str]] = {
     "evaluate": stages.dense_stage,
     "prune": stages.prune_stage,
     "reload": stages.reload_stage,
-    "quantize": stages.quantize_stage,
+    "quantize": quantize_stage,
     "recover": stages.recover_stage,
     "export": stages.export_stage,
     "speed": stages.speed_stage,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -34,8 +33,6 @@ from graphprune.shrink.load import is_uneven
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
 from graphprune.source.adapters import attach_adapters, plain_paths
-from quant.apply import loftq_model
-from quant.config import LoftQConfig
 from quant.storage import save_quantized
 
 Stage = Callable[[Session], str]
@@ -174,59 +171,6 @@ def reload_stage(session: Session) -> str:
     return f"opened by {opened}; perplexity {value:.2f}"
 
 
-def quantize_stage(session: Session) -> str:
-    """LoftQ on every linear layer of the blocks."""
-    settings = session.recipe.quantize
-    model = session.unquantized()
-    config = LoftQConfig(
-        format=settings.format,
-        block_size=settings.block_size,
-        rank=settings.rank,
-        iterations=settings.iterations,
-        scale_storage=settings.scale_storage,
-        seed=session.recipe.seed,
-        exclude=_head_pattern(model),
-        embedding_format=settings.embedding,
-    )
-    count = settings.calibration_windows
-    windows = session.inputs.train.drawn(count, session.recipe.seed)
-    batches = [{"input_ids": ids, "labels": ids} for ids in windows.split(4)] if count else None
-    with session.reporter.task("LoftQ") as tick:
-        _, layers = loftq_model(
-            model,
-            config,
-            batches,
-            loss=(lambda output: output.loss) if count and settings.guided else None,
-            on_layer=lambda name, done, total: tick(done, name, total),
-        )
-    model.eval()
-    with replacing(session.path("quant")) as temporary:
-        save_quantized(model, temporary)
-    session.quantized = model
-    if session.recipe.recover.base == "pruned":
-        save_adapter(session, model)
-    value = session.judge(model, "quantized")
-    session.folder.remember(
-        perplexity_quantized=value,
-        layers=[
-            {
-                "name": layer.name,
-                "format": layer.format,
-                "shape": list(layer.shape),
-                "error_before": layer.errors[0],
-                "error_after": min(layer.errors),
-            }
-            for layer in layers
-        ],
-    )
-    adapted = [layer.errors for layer in layers if layer.format == settings.format]
-    plain = sum(errors[0] for errors in adapted) / len(adapted)
-    best = sum(min(errors) for errors in adapted) / len(adapted)
-    return (
-        f"{len(adapted)} layers in {settings.format}: error {plain:.3f} → {best:.3f}; perplexity {value:.2f}"
-    )
-
-
 def recover_stage(session: Session) -> str:
     """Train adapters: on the quantized base, or on the pruned model, into which they are merged."""
     settings, sources = session.recipe.recover, session.inputs.sources
@@ -362,15 +306,6 @@ def _write_genai_config(session: Session, folder: Path) -> None:
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _head_pattern(model: Any) -> tuple[str, ...]:
-    """Return a pattern for the output head, which LoftQ leaves to the embedding's format."""
-    head = model.get_output_embeddings()
-    table = model.get_input_embeddings()
-    if head is None or table is None or head.weight is table.weight:
-        return ()
-    return tuple(f"^{re.escape(name)}$" for name, module in model.named_modules() if module is head)
 
 
 def _distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
