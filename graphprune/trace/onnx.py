@@ -47,10 +47,22 @@ def trace_onnx(model: str | Path | ir.Model, sizes: Mapping[str, int] | None = N
     Raises:
         TraceError: If there is no such file, it is no ONNX model, or `sizes` names an unknown symbol.
     """
-    opened = without_sequences(_inlined(model if isinstance(model, ir.Model) else _read(Path(model))))
+    opened = open_onnx(model)
     chosen = example_sizes(opened, dict(sizes or {}))
     shapes = fitted(opened, chosen)
     return _Lowering(opened, shapes, fitted(opened, chosen.others())).graph()
+
+
+def open_onnx(model: str | Path | ir.Model) -> ir.Model:
+    """Return a model as it is traced: model-local functions inlined, splits without sequences.
+
+    Args:
+        model: A path, or a model in memory, which is not changed.
+
+    Raises:
+        TraceError: If there is no such file, or it is no ONNX model.
+    """
+    return without_sequences(_inlined(model if isinstance(model, ir.Model) else _read(Path(model))))
 
 
 def _read(path: Path) -> ir.Model:
@@ -169,23 +181,26 @@ class _Lowering:
 
     def _captured(self, node: ir.Node) -> Iterator[Value]:
         """Yield the values of the graph that a node's subgraphs read."""
-        subgraphs = [
-            graph
-            for attribute in node.attributes.values()
-            if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-            for graph in (
-                attribute.value if isinstance(attribute.value, (list, tuple)) else [attribute.value]
-            )
-        ]
-        read = dict.fromkeys(
-            value
-            for graph in subgraphs
-            for value in (
-                *(value for inner in ir.traversal.RecursiveGraphIterator(graph) for value in inner.inputs),
-                *graph.outputs,
-            )
+        yield from (self._values[value] for value in subgraph_values(node) if value in self._values)
+
+
+def subgraph_values(node: ir.Node) -> Iterator[ir.Value]:
+    """Yield each value that a node's subgraphs read, their own included."""
+    subgraphs = [
+        graph
+        for attribute in node.attributes.values()
+        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+        for graph in (attribute.value if isinstance(attribute.value, (list, tuple)) else [attribute.value])
+    ]
+    read = dict.fromkeys(
+        value
+        for graph in subgraphs
+        for value in (
+            *(value for inner in ir.traversal.RecursiveGraphIterator(graph) for value in inner.inputs),
+            *graph.outputs,
         )
-        yield from (self._values[value] for value in read if value is not None and value in self._values)
+    )
+    yield from (value for value in read if value is not None)
 
 
 def _named(

@@ -89,13 +89,16 @@ class ShapeInference:
 
     def run(self) -> None:
         """Find out what is known of all values."""
-        graph = self._model.graph
-        for value in graph.inputs:
+        self.start()
+        for node in self._model.graph:
+            self.infer(node)
+
+    def start(self) -> None:
+        """Find out what is known of inputs and initializers."""
+        for value in self._model.graph.inputs:
             self.known[value] = self._declared(value) or _UNKNOWN
-        for value in graph.initializers.values():
-            self.known[value] = _of_tensor(value)
-        for node in graph:
-            self._infer(node)
+        for value in self._model.graph.initializers.values():
+            self.known[value] = known_of_tensor(value)
 
     def is_certain(self, node: ir.Node) -> bool:
         """Whether the shapes of a node's results follow from those of its operands."""
@@ -112,10 +115,10 @@ class ShapeInference:
                 stacklevel=2,
             )
 
-    def _infer(self, node: ir.Node) -> None:
-        """Find out what is known of a node's results."""
+    def infer(self, node: ir.Node) -> None:
+        """Find out what is known of a node's results from what is known of its operands."""
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
-            self.known[node.outputs[0]] = _of_tensor(node.outputs[0])
+            self.known[node.outputs[0]] = known_of_tensor(node.outputs[0])
             return
         operands = [None if value is None else self.known.get(value, _UNKNOWN) for value in node.inputs]
         results: Sequence[Known | None] | None = None
@@ -210,7 +213,7 @@ class ShapeInference:
         return Known(shape, ir.DataType(found.tensor_type.elem_type), certain=certain)
 
 
-def _of_tensor(value: ir.Value) -> Known:
+def known_of_tensor(value: ir.Value) -> Known:
     """Return what is known of an initializer or of a Constant node's result."""
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None:

@@ -133,6 +133,23 @@ def example_sizes(model: ir.Model, given: Mapping[str, int]) -> ExampleSizes:
     )
 
 
+def sizes_of_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ExampleSizes:
+    """Return the sizes at which a model's inputs have known shapes.
+
+    Args:
+        model: The model.
+        shapes: By input; of the symbols that stand in expressions alone, any size will do.
+    """
+    chosen = example_sizes(model, {})
+    values = dict(chosen.values)
+    for value in model.graph.inputs:
+        for axis, (dim, size) in enumerate(zip(value.shape or (), shapes.get(value.name or "", ()))):
+            symbol = f"{value.name}:{axis}" if isinstance(dim, int) or dim.value is None else dim.value
+            if symbol in values:
+                values[symbol] = size
+    return replace(chosen, values=values)
+
+
 def symbols_of(dim: ir.SymbolicDim, unnamed: str) -> frozenset[str]:
     """Return the symbols in a dimension's expression; a text that is no expression is one symbol."""
     if dim.value is None:
