@@ -74,6 +74,11 @@ def shrink(
     if not isinstance(groups.graph.program, ExportedProgram):
         from graphprune.shrink.onnx import fitting_model, shrink_onnx
 
+        if any(len(units) == 0 for units in kept.values()):
+            raise ShrinkError(
+                "the plan removes all units of a group, and an ONNX model keeps at least one",
+                "keep one of them",
+            )
         return shrink_onnx(fitting_model(model, groups), groups, kept)
     if form == "graph" or isinstance(model, ExportedProgram):
         return shrink_graph(model, groups, kept)

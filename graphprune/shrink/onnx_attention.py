@@ -36,14 +36,15 @@ def group_query_attention(sizes: OnnxSizes, node: ir.Node) -> None:
         width = operands[0].size // counts[0]
         left = [_heads(sizes, axis, count) for axis, count in zip(operands, counts, strict=True)]
     widths = {int(one) for heads in left for one in heads if one}
-    if len(widths) > 1 or max(widths) % 8:
+    step = 16 if node.attributes.get_int("do_rotary", 0) else 8
+    if len(widths) > 1 or max(widths) % step:
         raise sizes.refused(
             node,
-            f"keys and values would be {' and '.join(map(str, sorted(widths)))} wide, and onnxruntime takes one "
-            "width, a multiple of 8",
+            f"its heads would be {' and '.join(map(str, sorted(widths)))} wide, and onnxruntime takes one "
+            f"width, a multiple of {step}",
         )
-    set_integer(node, "num_heads", np.count_nonzero(left[0]))
-    set_integer(node, "kv_num_heads", np.count_nonzero(left[1]))
+    set_integer(node, "num_heads", int(np.count_nonzero(left[0])))
+    set_integer(node, "kv_num_heads", int(np.count_nonzero(left[1])))
     _keep_scale(sizes, node, operands[0], width)
 
 
@@ -66,7 +67,9 @@ def packed_attention(sizes: OnnxSizes, node: ir.Node) -> None:
     projected, count = sizes.axes(node.inputs[1])[1], node.attributes.get_int("num_heads", 1)
     widths = node.attributes.get_ints("qkv_hidden_sizes", None) or [projected.size // 3] * 3
     kept, ends = sizes.kept(projected), np.cumsum(widths)
-    left = [int(((kept >= end - width) & (kept < end)).sum()) for width, end in zip(widths, ends, strict=True)]
+    left = [
+        int(((kept >= end - width) & (kept < end)).sum()) for width, end in zip(widths, ends, strict=True)
+    ]
     _keep_scale(sizes, node, projected, widths[0] // count)
     heads = np.unique(kept[kept < ends[0]] // (widths[0] // count))
     set_integer(node, "num_heads", len(heads))
@@ -88,7 +91,7 @@ def _set_heads(sizes: OnnxSizes, node: ir.Node, name: str, axis: Layout) -> None
     """Set the attribute that counts the heads of an axis heads × width, if it is there."""
     count = node.attributes.get_int(name, 0)
     if count:
-        set_integer(node, name, np.count_nonzero(_heads(sizes, axis, count)))
+        set_integer(node, name, int(np.count_nonzero(_heads(sizes, axis, count))))
 
 
 def _heads(sizes: OnnxSizes, axis: Layout, count: int) -> Indices:

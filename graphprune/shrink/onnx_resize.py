@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from graphprune.coupling.groups import NodeGroups
 from graphprune.coupling.layout import Layout, atoms_of
 from graphprune.coupling.selection import Indices
-from graphprune.errors import ShrinkError
-from graphprune.shrink.onnx_weights import numbers_in
+from graphprune.errors import OperatorShrinkError, ShrinkError
+from graphprune.shrink.onnx_weights import numbers_in, set_numbers
 from graphprune.trace.graph import Operator
 from graphprune.trace.onnx import named_nodes
 from graphprune.trace.onnx_shapes import Known, ShapeInference, known_of_tensor
@@ -127,33 +127,52 @@ class OnnxSizes:
             if not self._shapes.is_certain(node) or found.shape is None or not found.certain:
                 self._shapes.known[output] = Known(wanted, found.dtype)
             elif found.shape != wanted:
-                raise self.refused(
-                    node, f"its result '{output.name}' would have the shape {found.shape}, not {wanted}"
+                raise ShrinkError(
+                    f"the ONNX node '{self._operators[node]}' ({node.op_type}) does not follow the smaller weights: "
+                    f"its result '{output.name}' would have the shape {found.shape}, not {wanted}",
+                    "leave the groups that reach it out of the plan, and report this model",
                 )
 
-    def refused(self, node: ir.Node, why: str) -> ShrinkError:
+    def refused(self, node: ir.Node, why: str) -> OperatorShrinkError:
         """Return the error for an operator that cannot be told of the new sizes."""
-        return ShrinkError(
+        return OperatorShrinkError(
+            self._operators[node],
             f"the ONNX node '{self._operators[node]}' ({node.op_type}) cannot follow the smaller weights: {why}",
             "leave the groups that reach it out of the plan",
         )
 
-    def restore_numbers(self, node: ir.Node, told: Sequence[int]) -> None:
-        """Give a node the numbers that it had, where they followed from sizes that changed.
+    def follow_operands(self, node: ir.Node, told: Sequence[int]) -> None:
+        """Let a node read of each operand what it needs of it: what is left, of the numbers that it had.
 
-        A scale that is computed from the width of a head, or the divisor of a mean, is the one of the whole model.
+        What is read through a copy is selected. A number that followed from a size, such as a scale that is computed
+        from the width of a head or the divisor of a mean, is that of the whole model.
 
         Args:
             node: The node.
             told: Positions of operands that tell it sizes, which are another matter.
         """
+        copies = self._groups.read(self._operators[node])
         for position, value in enumerate(node.inputs):
-            before, now = self.numbers_before(value), self.numbers_now(value)
-            if position in told or before is None or now is None or np.array_equal(before, now):
+            if value is None or position in told:
                 continue
-            if not self.is_static(value):
-                raise self.refused(node, f"it computes with '{value.name if value else ''}', a size that changes")
-            node.replace_input_with(position, self.constant(before, value))
+            axes = [
+                (dim, axis) for dim, axis in enumerate(copies.get(self.name(value), ())) if self.touches(axis)
+            ]
+            before, now = self.numbers_before(value), self.numbers_now(value)
+            if before is not None and now is not None and not np.array_equal(before, now):
+                for dim, axis in axes:
+                    before = np.take(before, self.kept(axis), axis=dim)
+                if not np.array_equal(before, now):
+                    self._restore(node, position, value, before)
+            else:
+                for dim, axis in axes:
+                    value = self._chosen(node, value, dim, axis)
+                    node.replace_input_with(position, value)
+
+    def _restore(self, node: ir.Node, position: int, value: ir.Value, numbers: NDArray[Any]) -> None:
+        if not self.is_static(value):
+            raise self.refused(node, f"it computes with '{value.name}', a size that changes")
+        node.replace_input_with(position, self.constant(numbers, value))
 
     def is_static(self, value: ir.Value | None) -> bool:
         """Whether the numbers that a value had are the same for all sizes of the inputs."""
@@ -223,7 +242,11 @@ class OnnxSizes:
         node.replace_input_with(position, value)
 
     def insert(
-        self, before: ir.Node, operation: str, operands: Sequence[ir.Value | None], **attributes: ir.Attr | int
+        self,
+        before: ir.Node,
+        operation: str,
+        operands: Sequence[ir.Value | None],
+        **attributes: ir.Attr | int,
     ) -> ir.Value:
         """Put an operator in front of a node, and return its result, which stands for its first operand."""
         name = self._new_name()
@@ -240,12 +263,15 @@ class OnnxSizes:
         value = node.inputs[position]
         if value is None:
             return
-        if ir.convenience.get_const_tensor(value) is not None:
-            numbers = numbers_in(value)
-            scaled = self.constant((numbers.astype(np.float64) * factor).astype(numbers.dtype), value)
+        if ir.convenience.get_const_tensor(value) is None:
+            node.replace_input_with(position, self.insert(node, "Mul", [value, self._factor(factor, value)]))
+            return
+        numbers = numbers_in(value)
+        scaled = (numbers.astype(np.float64) * factor).astype(numbers.dtype)
+        if len(value.uses()) == 1:
+            set_numbers(value, scaled)
         else:
-            scaled = self.insert(node, "Mul", [value, self._factor(factor, value)])
-        node.replace_input_with(position, scaled)
+            node.replace_input_with(position, self.constant(scaled, value))
 
     def scale_result(self, node: ir.Node, factor: float) -> None:
         """Multiply what a node with one result returns: the node becomes the product."""
@@ -255,15 +281,6 @@ class OnnxSizes:
         node.resize_inputs(2)
         node.replace_input_with(0, source)
         node.replace_input_with(1, self._factor(factor, source))
-
-    def select_operands(self, node: ir.Node) -> None:
-        """Let an operator read a selection of what it reads through a copy."""
-        copies = self._groups.read(self._operators[node])
-        for position, value in enumerate(node.inputs):
-            for dim, axis in enumerate(copies.get(self.name(value), ())):
-                if value is not None and self.touches(axis):
-                    value = self._chosen(node, value, dim, axis)
-                    node.replace_input_with(position, value)
 
     def _chosen(self, node: ir.Node, value: ir.Value, dim: int, axis: Layout) -> ir.Value:
         """Return what stays of one axis of a value: a table of its own, or gathered when the graph runs."""
@@ -284,9 +301,7 @@ class OnnxSizes:
 
     def _new_name(self) -> str:
         """Return a name that nothing has, what an earlier surgery left included."""
-        name = next(
-            name for number in self._counter if (name := f"selection_{number}") not in self._names
-        )
+        name = next(name for number in self._counter if (name := f"selection_{number}") not in self._names)
         self._names.add(name)
         return name
 

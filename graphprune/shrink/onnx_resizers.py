@@ -61,8 +61,7 @@ def resize_node(sizes: OnnxSizes, node: ir.Node, target: str) -> None:
     for family in _FAMILIES:
         importlib.import_module(family)
     entry = _RESIZERS.get(target)
-    sizes.restore_numbers(node, entry.told if entry else ())
-    sizes.select_operands(node)
+    sizes.follow_operands(node, entry.told if entry else ())
     if entry:
         entry.resizer(sizes, node)
 
