@@ -70,11 +70,13 @@ def set_numbers(value: ir.Value, numbers: NDArray[Any]) -> None:
     value.const_value, value.shape, value.dtype = tensor, ir.Shape(numbers.shape), tensor.dtype
 
 
+def held_values(model: ir.Model) -> dict[str, ir.Value]:
+    """Return what a graph holds numbers of, by name: initializers and the results of Constant nodes."""
+    made = {node.outputs[0].name or "": node.outputs[0] for node in model.graph if node.op_type == "Constant"}
+    return {**made, **model.graph.initializers}
+
+
 def _weights(model: ir.Model, groups: NodeGroups) -> Iterator[tuple[str, ir.Value]]:
     """Yield the weights that a graph holds, by name."""
-    graph = model.graph
-    made = {node.outputs[0].name: node.outputs[0] for node in graph if node.op_type == "Constant"}
-    for name in groups.graph.weights:
-        value = graph.initializers.get(name) or made.get(name)
-        if value is not None:
-            yield name, value
+    held = held_values(model)
+    yield from ((name, held[name]) for name in groups.graph.weights if name in held)
