@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnx import AttributeProto, defs, helper
+from onnx_ir.passes import PreconditionError
 from onnx_ir.passes.common import InlinePass
 
 from graphprune.errors import TraceError
 from graphprune.trace.graph import Argument, Operator, OperatorGraph, Role, Value
 from graphprune.trace.onnx_contrib import ContribSchema
+from graphprune.trace.onnx_reading import check_order, read_onnx
 from graphprune.trace.onnx_roles import role_of
 from graphprune.trace.onnx_sequences import without_sequences
 from graphprune.trace.onnx_shapes import ShapeInference, fitted
@@ -45,7 +46,8 @@ def trace_onnx(model: str | Path | ir.Model, sizes: Mapping[str, int] | None = N
         The operator graph, parameters under the names that the file gives them. It keeps the `onnx_ir.Model`.
 
     Raises:
-        TraceError: If there is no such file, it is no ONNX model, or `sizes` names an unknown symbol.
+        TraceError: If there is no such file, it is no ONNX model, one that contradicts itself, or `sizes` names an
+            unknown symbol.
     """
     opened = open_onnx(model)
     chosen = example_sizes(opened, dict(sizes or {}))
@@ -60,29 +62,24 @@ def open_onnx(model: str | Path | ir.Model) -> ir.Model:
         model: A path, or a model in memory, which is not changed.
 
     Raises:
-        TraceError: If there is no such file, or it is no ONNX model.
+        TraceError: If there is no such file, it is no ONNX model, or one that contradicts itself.
     """
-    return without_sequences(_inlined(model if isinstance(model, ir.Model) else _read(Path(model))))
-
-
-def _read(path: Path) -> ir.Model:
-    if not path.is_file():
-        raise TraceError(f"there is no file '{path}'", "give the path of a .onnx file")
-    try:
-        model = ir.load(path)
-    except (DecodeError, ValueError, TypeError, AttributeError) as error:
-        raise TraceError(
-            f"'{path}' is not an ONNX model: {str(error).splitlines()[0]}", "give the path of a .onnx file"
-        ) from error
-    if not model.opset_imports:
-        raise TraceError(f"'{path}' is not an ONNX model: it names no operator set", "export it again")
-    return model
+    opened = model if isinstance(model, ir.Model) else read_onnx(Path(model))
+    check_order(opened)
+    return without_sequences(_inlined(opened))
 
 
 def _inlined(model: ir.Model) -> ir.Model:
     if not model.functions:
         return model
-    return InlinePass()(model.clone()).model
+    try:
+        return InlinePass()(model.clone()).model
+    except (PreconditionError, ValueError, RuntimeError) as error:
+        cause = error.__cause__ or error
+        raise TraceError(
+            f"the functions of the model cannot be inlined: {str(cause).splitlines()[0]}",
+            "a function may not call itself: export the model again",
+        ) from error
 
 
 def named_nodes(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:

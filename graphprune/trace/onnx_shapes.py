@@ -24,6 +24,15 @@ from graphprune.trace.onnx_sizes import ExampleSizes
 _LARGEST = 1 << 16
 # For sizes that depend on the inputs' numbers: each another, so that no two fit each other by chance.
 _FIRST_STAND_IN = 1009
+# What shape inference raises where a node's operands or attributes are not those of its operator.
+_DO_NOT_FIT = (
+    shape_inference.InferenceError,
+    onnx.checker.ValidationError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+)
 # Whose result has the first operand's shape, which onnx itself can tell of a whole model only.
 _ELEMENTWISE = {"GroupNormalization", "MeanVarianceNormalization"}
 
@@ -182,7 +191,7 @@ class ShapeInference:
             if schema.name in _ELEMENTWISE:
                 return [operands[0] and replace(operands[0], content=None)]
             return self._by_onnx(schema, node, operands)
-        except (shape_inference.InferenceError, RuntimeError, ValueError, LookupError, ArithmeticError):
+        except _DO_NOT_FIT:
             # Operands that do not fit: the sizes are wrong, or the file is. The operator is left opaque.
             self.conflict = self.conflict or _conflict(node, operands)
             return None
@@ -240,7 +249,7 @@ def numbers_of(name: str, tensor: ir.TensorProtocol) -> NDArray[Any]:
         tensor: Maybe in a file beside the model.
 
     Raises:
-        TraceError: If that file cannot be read.
+        TraceError: If that file cannot be read, or the numbers are not as many as its shape says.
     """
     try:
         return tensor.numpy()
@@ -248,6 +257,11 @@ def numbers_of(name: str, tensor: ir.TensorProtocol) -> NDArray[Any]:
         raise TraceError(
             f"the numbers of '{name}' lie in a file that cannot be read: {error}",
             "keep the model's external data beside its .onnx file",
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise TraceError(
+            f"the numbers of '{name}' are not those of its shape: {str(error).splitlines()[0]}",
+            "the file is damaged: export the model again",
         ) from error
 
 

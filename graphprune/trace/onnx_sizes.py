@@ -17,6 +17,7 @@ import onnx_ir as ir
 from graphprune.errors import TraceError
 
 _SMALLEST = 11
+_LONGEST = 256  # characters of an expression of symbols; anything longer is taken as one
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ def symbols_of(dim: ir.SymbolicDim, unnamed: str) -> frozenset[str]:
     """Return the symbols in a dimension's expression; a text that is no expression is one symbol."""
     if dim.value is None:
         return frozenset({unnamed})
+    if len(dim.value) > _LONGEST:
+        return frozenset({dim.value})
     try:
         return dim.free_symbols()
     except ValueError:
