@@ -133,6 +133,10 @@ class OperatorShrinkError(ShrinkError):
         self.operator = operator
 
 
+class RefusedWidthsError(ShrinkError):
+    """The stock configuration can say the smaller model's widths, and refuses them."""
+
+
 class ShrinkWarning(UserWarning):
     """A model was shrunk as its traced graph, because its own code does not follow its smaller weights."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -279,6 +278,13 @@ class Recover(_Section):
 class Export(_Section):
     """The ONNX file."""
 
+    profile: Literal["cpu", "cuda", "portable"] = Field(
+        default="cpu", description="what it is to run on; portable has operators of the ONNX standard alone"
+    )
+    adapters: Literal["overridable", "constant", "merged"] = Field(
+        default="overridable",
+        description="constant is faster and takes no others; merged is dense float32, adapters added",
+    )
     weights: Literal["fast", "exact"] = Field(
         default="fast", description="fast rounds NF4 levels to 8-bit integers"
     )
@@ -306,11 +312,6 @@ class Recipe(_Section):
     recover: Recover = Recover()
     export: Export = Export()
     report: Report = Report()
-
-    @property
-    def digest(self) -> str:
-        """A hash of every setting: equal recipes may share a run folder."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,16 @@ class OnnxDecoder:
         model: The file, or the bytes of its graph; then `folder` says where its data lies.
         threads: Threads of one operator; None leaves it to ONNX Runtime.
         folder: Where the external data of a graph given as bytes lies.
+        settings: Further entries of the session's configuration.
     """
 
     def __init__(
-        self, model: Path | bytes, *, threads: int | None = None, folder: Path | None = None
+        self,
+        model: Path | bytes,
+        *,
+        threads: int | None = None,
+        folder: Path | None = None,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -34,6 +40,8 @@ class OnnxDecoder:
         if folder is not None:
             key = "session.model_external_initializers_file_folder_path"
             options.add_session_config_entry(key, str(folder.resolve()))
+        for key, value in (settings or {}).items():
+            options.add_session_config_entry(key, value)
         source = model if isinstance(model, bytes) else str(model)
         self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self._past = [

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from graphprune.coupling.kinds import Kind
 from graphprune.errors import RecipeError
+from graphprune.pipeline.stamps import LATER, section_digest, start_digest
 from graphprune.prune.costs import check_cost
 from graphprune.prune.methods.registry import method_named
+from graphprune.prune.target import check_windows
 from graphprune.recipe import Recipe, RecoverySource
 from graphprune.recover.course import check_course
 from graphprune.recover.sources import Source, open_text, split_sources, without
@@ -34,7 +37,8 @@ class Inputs:
         train: Text to learn from, but for what recovery's sources hold out.
         evaluate: Text to judge by.
         sources: What recovery learns from.
-        fingerprint: Of the recipe and everything above: a run folder belongs to one of these.
+        fingerprint: Of all that every stage reads: a run folder belongs to one of these.
+        sections: Hashes of the recipe's sections that only later stages read, by name.
     """
 
     recipe: Recipe
@@ -45,6 +49,7 @@ class Inputs:
     evaluate: Windows
     sources: tuple[Source, ...]
     fingerprint: str
+    sections: Mapping[str, str]
 
 
 def open_inputs(recipe: Recipe, base: Path) -> Inputs:
@@ -56,7 +61,8 @@ def open_inputs(recipe: Recipe, base: Path) -> Inputs:
 
     Raises:
         SourceError: If the model or a text cannot be opened, or a text is too short for one window.
-        RecipeError: If a saliency or a format does not exist, texts overlap, or recovery has too few steps.
+        RecipeError: If a saliency or a format does not exist, texts overlap or have too few windows, or recovery has
+            too few steps.
     """
     _check_names(recipe)
     data = recipe.data
@@ -74,13 +80,13 @@ def open_inputs(recipe: Recipe, base: Path) -> Inputs:
     )
     sources, more_text = _open_sources(recipe, tokenizer, base, train, set(evaluate_text))
     train = without(train, [source.held_out for source in sources if source.held_out is not None])
-    digest = hashlib.sha256(recipe.digest.encode())
-    for part in (*train_text, *evaluate_text, *more_text):
-        digest.update(part.encode())
-    digest.update(_model_stamp(source).encode())
-    return Inputs(
-        recipe, source, load_config(source), tokenizer, train, evaluate, sources, digest.hexdigest()
-    )
+    check_windows(recipe.prune, train)
+    ids = (windows.ids.numpy().tobytes() for windows in (train, evaluate))
+    start = start_digest(recipe, _model_stamp(source), *train_text, *evaluate_text, *ids)
+    sections = {
+        name: section_digest(recipe, name, *(more_text if name == "recover" else ())) for name in LATER
+    }
+    return Inputs(recipe, source, load_config(source), tokenizer, train, evaluate, sources, start, sections)
 
 
 def _open_sources(
@@ -112,7 +118,7 @@ def _open_sources(
 def _check_names(recipe: Recipe) -> None:
     method_named(recipe.prune.method)
     saliency_named(recipe.prune.saliency)
-    check_cost(recipe.prune.budget)
+    check_cost(recipe.prune.budget, "prune.budget")
     for key, kinds in (("kinds", recipe.prune.kinds), ("width_multiple", tuple(recipe.prune.width_multiple))):
         for kind in kinds:
             if kind not in get_args(Kind):

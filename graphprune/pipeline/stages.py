@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from graphprune.certify.certificate import certify
-from graphprune.coupling.groups import NodeGroups
-from graphprune.errors import BudgetError, ShrinkError, VerificationError
+from graphprune.errors import ShrinkError, VerificationError
 from graphprune.export.genai import write_genai_config
 from graphprune.export.runtime import OnnxDecoder
 from graphprune.export.verify import verify_onnx
@@ -21,18 +20,16 @@ from graphprune.export.write import export_onnx
 from graphprune.files import remove, replacing, size_of, write_json, write_text
 from graphprune.pipeline.model_folder import save_adapter, save_model, save_recovered
 from graphprune.pipeline.session import Session
+from graphprune.pipeline.widths import budget_that_opens, describe_widths, measured_budget
 from graphprune.prune.budget import Budget, targets
-from graphprune.prune.methods.registry import Pruned, Task, method_named
+from graphprune.prune.methods.registry import Pruned, Task, check_task, method_named
 from graphprune.prune.precision import use_bfloat16
-from graphprune.prune.target import recipe_budget, recipe_distribution
-from graphprune.prune.timing import TimeTable
 from graphprune.prune.training import Row
 from graphprune.recover.recovery import Recovered, recover
-from graphprune.report.distribution_picture import distribution_picture
+from graphprune.report.formatting import against_dense
 from graphprune.report.group_document import group_document
 from graphprune.report.group_files import write_groups
-from graphprune.shrink.biases import allow_biases, config_with_biases
-from graphprune.shrink.config import fit_config
+from graphprune.shrink.biases import config_with_biases
 from graphprune.shrink.load import is_uneven
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
@@ -50,13 +47,21 @@ PERPLEXITY_FACTOR = 1.05
 
 
 def trace_stage(session: Session) -> str:
-    """Trace the model with adapters attached and write its node groups."""
+    """Trace the model with adapters attached, write its node groups, and see whether the recipe can be done."""
     with session.reporter.task("torch.export and coupling analysis"):
         groups = session.groups
     write_groups(group_document(groups, session.inputs.source.name), session.path("graph"))
     session.folder.remember(parameters=_count(session))
+    rehearse(session)
     prunable = sum(group.prunable for group in groups.values())
     return f"{len(groups.graph.operators)} operators, {len(groups)} node groups, {prunable} prunable"
+
+
+def rehearse(session: Session) -> None:
+    """Raise, in little time, if the model as traced cannot be pruned as the recipe asks."""
+    if session.recipe.prune.repair == "bias":
+        _check_biases(session)
+    check_task(_task(session, budget_that_opens))
 
 
 def certify_stage(session: Session) -> str:
@@ -72,9 +77,9 @@ def certify_stage(session: Session) -> str:
 
 def dense_stage(session: Session) -> str:
     """Measure the model as it came."""
-    session.detach_adapters()
-    value = session.judge(session.dense, "dense model")
-    texts = [session.write(session.dense, prompt) for prompt in session.recipe.report.prompts]
+    with session.as_it_came() as model:
+        value = session.judge(model, "dense model")
+        texts = [session.write(model, prompt) for prompt in session.recipe.report.prompts]
     session.folder.remember(perplexity_dense=value, written_dense=texts)
     return f"perplexity {value:.2f}"
 
@@ -82,19 +87,7 @@ def dense_stage(session: Session) -> str:
 def prune_stage(session: Session) -> str:
     """Prune by the recipe's method, cut what it says out, and save the smaller model."""
     settings, model, groups = session.recipe.prune, session.adapted, session.groups
-    if settings.repair == "bias":
-        _check_biases(session)
-    task = Task(
-        model,
-        groups,
-        settings,
-        session.inputs.train,
-        allot=partial(_budget, session),
-        example_inputs=session.examples,
-        seed=session.recipe.seed,
-        announce=session.reporter.task,
-    )
-    pruned = method_named(settings.method)(task)
+    pruned = method_named(settings.method)(_task(session, measured_budget))
     _write_metrics(session.path("training/metrics.jsonl"), "prune", pruned.metrics)
     small, distance = _cut(session, pruned)
     budget = pruned.budget
@@ -127,6 +120,19 @@ def prune_stage(session: Session) -> str:
     )
 
 
+def _task(session: Session, allot: Callable[[Session, Mapping[str, torch.Tensor]], Budget]) -> Task:
+    return Task(
+        session.adapted,
+        session.groups,
+        session.recipe.prune,
+        session.inputs.train,
+        allot=partial(allot, session),
+        example_inputs=session.examples,
+        seed=session.recipe.seed,
+        announce=session.reporter.task,
+    )
+
+
 def _cut(session: Session, pruned: Pruned) -> tuple[Any, float]:
     """Return the smaller model, adapters merged, and how far its logits are from the masked model's."""
     model, groups = session.adapted, session.groups
@@ -141,9 +147,7 @@ def _cut(session: Session, pruned: Pruned) -> tuple[Any, float]:
         )
     if pruned.model is not None:
         return small, distance
-    uniform = pruned.budget.is_uniform(groups)
-    config = allow_biases(session.inputs.config if uniform else small.config, small)
-    small.config = fit_config(config, small, groups, pruned.plan) if uniform else config
+    small.config = describe_widths(session, small, pruned.budget, pruned.plan)
     return small, distance
 
 
@@ -157,46 +161,6 @@ def _check_biases(session: Session) -> None:
     ]
     wanted = [f"{plain[path]}.bias" for path in paths if path in plain]
     config_with_biases(type(session.dense), session.inputs.config, wanted)
-
-
-def _budget(session: Session, scores: Mapping[str, torch.Tensor]) -> Budget:
-    """Decide how many units each group loses, on the knowledge distribution if that is asked for."""
-    settings, groups = session.recipe.prune, session.groups
-    with session.reporter.task("knowledge distribution") as tick:
-        distribution = recipe_distribution(
-            session.adapted,
-            groups,
-            settings,
-            session.inputs.train,
-            scores,
-            seed=session.recipe.seed,
-            path=session.path("graph/distribution.json"),
-            progress=lambda done, total: tick(done, "groups", total),
-        )
-    if distribution is not None:
-        write_text(
-            session.path("graph/distribution.svg"), distribution_picture(distribution.rows(groups)) + "\n"
-        )
-    times = TimeTable(session.path("graph/latency.json"), device=session.dense.device)
-    budget = recipe_budget(
-        groups, settings, scores, counted=session.counted, distribution=distribution, times=times
-    )
-    if settings.layout == "uniform" and not budget.is_uniform(groups):
-        raise BudgetError(
-            f"layers would have different widths ({_widths(groups, budget)}), which stock "
-            f"{type(session.dense).__name__} does not open again",
-            "set prune.layout to per_layer: graphprune.load opens such a model",
-        )
-    return budget
-
-
-def _widths(groups: NodeGroups, budget: Budget) -> str:
-    """Return the range of widths of each kind, in words."""
-    kept: dict[str, list[int]] = {}
-    for group in groups.values():
-        if any(groups[name].kind == group.kind for name in budget.removed_units) and group.prunable:
-            kept.setdefault(group.kind, []).append(group.size - budget.removed_units.get(group.name, 0))
-    return ", ".join(f"{kind}: {min(counts)} to {max(counts)}" for kind, counts in kept.items())
 
 
 def reload_stage(session: Session) -> str:
@@ -307,7 +271,7 @@ def _rounds(recovered: Recovered) -> str:
         return ""
     return (
         f" in {sum(row.number > 0 for row in recovered.rounds)} rounds; the best is {best.phase} {best.number}: "
-        f"mean loss above the dense model's {recovered.rounds[0].mean:.3f} → {best.mean:.3f}"
+        f"mean loss {against_dense(recovered.rounds[0].mean)} the dense model's → {against_dense(best.mean)}"
     )
 
 
@@ -320,12 +284,19 @@ def export_stage(session: Session) -> str:
         "graphprune.plan": json.dumps({name: list(units) for name, units in plan.items()}),
         "graphprune.source": session.inputs.source.name,
     }
-    exact = session.recipe.export.weights == "exact"
+    settings = session.recipe.export
+    exact = settings.weights == "exact"
     with session.reporter.task("torch.onnx export"):
-        path = export_onnx(session.quantized, unverified, exact=exact, metadata=metadata)
+        path = export_onnx(
+            session.quantized,
+            unverified,
+            profile=settings.profile,
+            exact=exact,
+            adapters=settings.adapters,
+            metadata=metadata,
+        )
         session.inputs.tokenizer.save_pretrained(unverified)
         _write_genai_config(session, unverified)
-    settings = session.recipe.export
     windows = [
         row[: settings.verify_tokens].tolist()
         for row in session.inputs.evaluate.ids[: settings.verify_windows]

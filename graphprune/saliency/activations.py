@@ -135,7 +135,7 @@ def _observed(evidence: Evidence, consumers: Iterable[Consumer]) -> dict[str, In
         if source not in moments:
             raise TrainingError(
                 f"what {consumer.parameter} reads cannot be observed: the module that owns it is not called",
-                "leave this kind out of prune.kinds",
+                "leave this kind out of kinds (recipe: prune.kinds)",
             )
     return moments
 

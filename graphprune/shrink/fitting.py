@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import CouplingError, ShrinkError
+from graphprune.shrink.gated import is_gated
 from graphprune.shrink.plan import Plan
 from graphprune.shrink.weights import named_weights
 
@@ -59,10 +60,15 @@ def fitting_plan(plan: Plan | Mapping[str, Any], model: object, groups: NodeGrou
 
     Raises:
         CouplingError: If the groups are of another model.
-        ShrinkError: If the plan does not fit.
+        ShrinkError: If the plan does not fit, or gates stand on the model.
     """
     check_groups(groups)
     check_model(model, groups)
+    if isinstance(model, nn.Module) and is_gated(model):
+        raise ShrinkError(
+            "the model still has the gates of its pruning on it, which are no part of it",
+            "call close() on the optimizer first (its plan stays), then shrink",
+        )
     if not isinstance(plan, Mapping):
         raise ShrinkError(
             f"a {type(plan).__name__} is not a plan", "give Plan({group name: [numbers of units]})"

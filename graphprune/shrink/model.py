@@ -66,8 +66,8 @@ def shrink(
 
     Raises:
         CouplingError: If the groups are of another model.
-        ShrinkError: If the plan does not fit, a module was asked for and its own code does not follow, or an ONNX
-            operator cannot be told of the new sizes.
+        ShrinkError: If the plan does not fit, an optimizer's gates are still on the model, a module was asked for and
+            its own code does not follow, or an ONNX operator cannot be told of the new sizes.
     """
     plan = fitting_plan(plan, model, groups)
     kept = plan.kept(groups)
