@@ -244,13 +244,12 @@ class Quantize(_Section):
 
     @model_validator(mode="after")
     def _nothing_is_set_in_vain(self) -> Self:
-        idle = {"bits": ("mix_formats",)} if self.bits is None else {}
+        idle = [("bits", "mix_formats")] if self.bits is None else []
         if not self.calibration_windows:
-            idle["calibration_windows"] = ("propagation", "guided")
-        for missing, names in idle.items():
-            for name in names:
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"without {missing} nothing reads quantize.{name}")
+            idle += [("calibration_windows", "propagation"), ("calibration_windows", "guided")]
+        for missing, name in idle:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"without {missing} nothing reads quantize.{name}")
         if self.bits is not None and self.format != type(self).model_fields["format"].default:
             raise ValueError(
                 "with bits each layer takes one of mix_formats, and nothing reads quantize.format"
