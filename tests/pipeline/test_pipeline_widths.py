@@ -115,7 +115,7 @@ def test_widths_that_a_class_has_no_setting_for_are_refused_before_anything_slow
     with pytest.raises(ShrinkError, match="no setting of GPT2Config") as caught:
         pruned(recipe, tmp_path / "RUN")
     assert not isinstance(caught.value, RefusedWidthsError)
-    assert "per_layer" in caught.value.remedy
+    assert "prune.layout" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
