@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -167,20 +168,30 @@ def test_a_folder_or_a_file_verifies_without_its_model(finished, tmp_path):
         assert all(check.holds for check in checks)
 
 
-def test_another_code_in_quant_fails_and_the_table_says_so(copy):
-    path = copy / "quant" / "quant.safetensors"
-    stored = bytearray(path.read_bytes())
-    header = 8 + int.from_bytes(stored[:8], "little")
-    tensors = {name: row for name, row in json.loads(stored[8:header]).items() if name != "__metadata__"}
-    codes = next(row for name, row in tensors.items() if name.endswith("codes"))
-    stored[header + codes["data_offsets"][0]] ^= 1
-    path.write_bytes(stored)
+def test_a_changed_byte_and_another_base_fail_and_the_table_says_so(copy):
+    data = copy / "onnx" / "model.onnx.data"
+    proto = onnx.load(str(copy / "onnx" / "model.onnx"), load_external_data=False)
+    codes = next(t for t in proto.graph.initializer if t.name.endswith("embed_tokens.weight.codes"))
+    offset = next(int(entry.value) for entry in codes.external_data if entry.key == "offset")
+    stored = bytearray(data.read_bytes())
+    stored[offset] ^= 64
+    data.write_bytes(stored)
+    record = json.loads((copy / "adapter" / "graphprune.json").read_text())
+    record["base"]["sha256"] = "0" * 64
+    (copy / "adapter" / "graphprune.json").write_text(json.dumps(record))
     done = graphprune("verify", copy)
     assert done.returncode == 4
     assert "fails" in done.stdout
     assert "adapter_of_another_base 1 > 0" in done.stderr
-    assert "weights" in done.stderr
+    assert "weights " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_packed_weights_that_were_changed_are_not_verified_against(copy):
+    path = copy / "quant" / "quant.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"0")
+    with pytest.raises(SourceError, match=r"is not the file that quant\.json describes"):
+        verify(find_exported(copy))
 
 
 def test_another_adapter_than_the_packed_models_is_found(copy):
