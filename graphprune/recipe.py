@@ -279,6 +279,9 @@ class Recover(_Section):
 class Export(_Section):
     """The ONNX file."""
 
+    profile: Literal["cpu", "cuda", "portable"] = Field(
+        default="cpu", description="what it is to run on; portable has operators of the ONNX standard alone"
+    )
     weights: Literal["fast", "exact"] = Field(
         default="fast", description="fast rounds NF4 levels to 8-bit integers"
     )

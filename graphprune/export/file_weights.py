@@ -36,26 +36,41 @@ _NF4 = np.array(
 def file_weights(path: Path) -> Iterator[tuple[str, Array]]:
     """Yield the module's name and its dense weight (out, in) for each quantized operator of a file.
 
-    A module whose weight is unpacked by standard operators is not yielded. The name is what stands before the
-    slash in the operator's own name.
+    A module whose weight is unpacked to float32 by standard operators is not yielded. The name is what stands before
+    the slash in the operator's own name, where layers that read the same input are joined by plus signs.
     """
     model = ir.load(path)
     for node in model.graph:
         read = _READERS.get(node.op_type)
         if read is not None and node.name is not None:
-            yield node.name.split("/")[0], read(node)
+            names = node.name.split("/")[0].split(" + ")
+            yield from zip(names, _rows_of_each(node, read(node), len(names)), strict=True)
+
+
+def _rows_of_each(node: ir.Node, weight: Array, count: int) -> list[Array]:
+    """Cut the weight of several layers as the file cuts its product."""
+    if count == 1:
+        return [weight]
+    value = node.outputs[0]
+    while value.consumers():
+        split = next((reader for reader in value.consumers() if reader.op_type == "Split"), None)
+        if split is not None:
+            return np.split(weight, np.cumsum(constant(split.inputs[1]))[:-1])
+        value = value.consumers()[0].outputs[0]
+    raise VerificationError(f"the product {node.name} of {count} layers is not cut", "export the model again")
 
 
 def _matmul_n_bits(node: ir.Node) -> Array:
     rows, columns, bits, block = (_integer(node, name) for name in ("N", "K", "bits", "block_size"))
     codes = _unpack_low_first(constant(node.inputs[1]).reshape(rows, -1), bits)
     scales = constant(node.inputs[2]).reshape(rows, -1)
-    return _scale(codes, scales, bits, block)[:, :columns]
+    return _scale(codes, scales, bits, block)[:, :columns] + _of_block_sums(node.outputs[0], columns)
 
 
 def _gather_block_quantized(node: ir.Node) -> Array:
     bits, block = _integer(node, "bits"), _integer(node, "block_size")
-    return _scale(_unpack_low_first(constant(node.inputs[0]), bits), constant(node.inputs[2]), bits, block)
+    codes = _unpack_low_first(constant(node.inputs[0]), bits)
+    return _scale(codes, constant(node.inputs[2]), bits, block) + _of_rows(node.outputs[0], codes.shape[1])
 
 
 def _matmul_bnb4(node: ir.Node) -> Array:
@@ -66,10 +81,45 @@ def _matmul_bnb4(node: ir.Node) -> Array:
     return (levels * absmax).reshape(rows, columns)
 
 
+def _dequantize_linear(node: ir.Node) -> Array:
+    weight = constant(node.outputs[0]).T
+    (product,) = node.outputs[0].consumers()
+    return weight + _of_block_sums(product.outputs[0], weight.shape[1])
+
+
+def _of_block_sums(product: ir.Value, columns: int) -> Array:
+    """Return what ``product + block sums of x @ offsets`` adds to each weight: (out, in), or 0 without such a sum."""
+    for node in product.consumers():
+        for term in node.inputs if node.op_type == "Add" else ():
+            factor = None if term is None else term.producer()
+            sums = None if factor is None else factor.inputs[0]
+            summing = None if sums is None else sums.producer()
+            if factor is not None and summing is not None and summing.op_type == "ReduceSum":
+                offsets = constant(factor.inputs[1]).T
+                return np.repeat(offsets, columns // offsets.shape[1], axis=1)
+    return np.zeros(1, dtype=np.float32)
+
+
+def _of_rows(rows: ir.Value, columns: int) -> Array:
+    """Return what is added to the looked-up rows in blocks: (rows, in), or 0 if nothing is."""
+    for reshape in rows.consumers():
+        for add in reshape.outputs[0].consumers() if reshape.op_type == "Reshape" else ():
+            unsqueeze = (
+                add.inputs[1].producer() if add.op_type == "Add" and add.inputs[1] is not None else None
+            )
+            gather = unsqueeze.inputs[0] if unsqueeze is not None else None
+            source = gather.producer() if gather is not None else None
+            if source is not None and source.op_type == "Gather":
+                offsets = constant(source.inputs[0])
+                return np.repeat(offsets, columns // offsets.shape[1], axis=1)
+    return np.zeros(1, dtype=np.float32)
+
+
 _READERS: dict[str, Read] = {
     "MatMulNBits": _matmul_n_bits,
     "GatherBlockQuantized": _gather_block_quantized,
     "MatMulBnb4": _matmul_bnb4,
+    "DequantizeLinear": _dequantize_linear,
 }
 
 

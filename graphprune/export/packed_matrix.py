@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from quant import QuantizedTensor, get_format
+from quant.scales import Scales
 
 # What ONNX Runtime's block-wise kernels take.
 KERNEL_BLOCKS = (128, 64, 32, 16)
@@ -21,18 +23,20 @@ class PackedMatrix:
     Attributes:
         name: What its initializers' names begin with.
         codes: uint8 (out_features, in_features), indices into `levels`.
-        absmax: float32 (blocks,), over the row-major flat order: a block may cross rows.
+        scales: absmax, (blocks,) over the row-major flat order, as it is stored: a block may cross rows.
         levels: float32 (levels,), ascending within [-1, 1].
         block_size: Consecutive flat weights that share a scale.
-        offset: float32 (blocks,) in affine formats, else None.
+        offsets: (blocks,) in affine formats, else None.
+        parts: The matrices that this one is stacked of, row by row; each is stored on its own. Empty for a single one.
     """
 
     name: str
     codes: npt.NDArray[np.uint8] = field(repr=False)
-    absmax: npt.NDArray[np.float32] = field(repr=False)
+    scales: Scales = field(repr=False)
     levels: npt.NDArray[np.float32] = field(repr=False)
     block_size: int
-    offset: npt.NDArray[np.float32] | None = field(default=None, repr=False)
+    offsets: Scales | None = field(default=None, repr=False)
+    parts: tuple[PackedMatrix, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, name: str, quantized: QuantizedTensor) -> PackedMatrix:
@@ -40,10 +44,20 @@ class PackedMatrix:
         return cls(
             name=name,
             codes=quantized.unpacked_codes().cpu().numpy(),
-            absmax=quantized.absmax.cpu().numpy(),
+            scales=quantized.scales,
             levels=get_format(quantized.format).levels.cpu().numpy(),
             block_size=quantized.block_size,
-            offset=None if quantized.offsets is None else quantized.offsets.values().cpu().numpy(),
+            offsets=quantized.offsets,
+        )
+
+    def stacks_with(self, other: PackedMatrix) -> bool:
+        """Return whether the rows of both can be multiplied in one product."""
+        return (
+            self.in_features == other.in_features
+            and self.block_size == other.block_size
+            and self.in_features % self.block_size == 0
+            and np.array_equal(self.levels, other.levels)
+            and (self.offsets is None) == (other.offsets is None)
         )
 
     @property
@@ -58,17 +72,19 @@ class PackedMatrix:
 
     @property
     def bits(self) -> int:
-        """Bits of a code in the file: 2, 4 or 8. ONNX Runtime has no 3-bit form."""
+        """Bits of a code in ONNX Runtime's kernels: 2, 4 or 8."""
         return next(bits for bits in (2, 4, 8) if len(self.levels) <= 2**bits)
 
+    @property
+    def stored_bits(self) -> int:
+        """Bits of a code in the file: 2, 3, 4 or 8."""
+        return 3 if 4 < len(self.levels) <= 8 else self.bits
+
     @cached_property
-    def grid(self) -> int | None:
-        """The m for which every level is the float32 nearest to k / m with an integer k, or None."""
-        for m in (1, 3, 7, 127):
-            nearest = np.round(self.levels.astype(np.float64) * m) / m
-            if np.array_equal(nearest.astype(np.float32), self.levels):
-                return m
-        return None
+    def even(self) -> bool:
+        """Whether the levels are evenly spaced from -1 to 1, each the float32 nearest to its place."""
+        places = np.linspace(-1, 1, len(self.levels), dtype=np.float64)
+        return np.array_equal(places.astype(np.float32), self.levels)
 
     def block(self, largest: int = KERNEL_BLOCKS[0]) -> int | None:
         """Return the largest kernel block within a row whose weights all share a scale, or None.
@@ -79,18 +95,22 @@ class PackedMatrix:
         fitting = (b for b in KERNEL_BLOCKS if b <= largest)
         return next((b for b in fitting if self.in_features % b == 0 and self.block_size % b == 0), None)
 
-    def row_scales(self, block: int) -> npt.NDArray[np.float32]:
-        """Return absmax for the blocks of `block` weights in each row: (out_features, in_features / block)."""
-        starts = np.arange(0, self.codes.size, block)
-        return self.absmax[starts // self.block_size].reshape(self.out_features, -1)
 
-    def packed_high_first(self) -> npt.NDArray[np.uint8]:
-        """Return the flat codes as bytes, the first code in the highest bits."""
-        return pack(self.codes.reshape(-1), self.bits)
+def stack(parts: Sequence[PackedMatrix]) -> PackedMatrix:
+    """Return the matrix of all rows of some that stack with each other; a single one is returned as it is."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    return replace(
+        first,
+        name=" + ".join(part.name for part in parts),
+        codes=np.concatenate([part.codes for part in parts]),
+        parts=tuple(parts),
+    )
 
 
 def pack(codes: npt.NDArray[np.uint8], bits: int, *, low_first: bool = False) -> npt.NDArray[np.uint8]:
-    """Pack 1-D codes of 2, 4 or 8 bits into bytes, filled up with zeros; the first code lies high or low."""
+    """Pack 1-D codes of 1, 2, 4 or 8 bits into bytes, filled up with zeros; the first code lies high or low."""
     per_byte = 8 // bits
     rows = np.pad(codes, (0, -codes.size % per_byte)).reshape(-1, per_byte)
     if low_first:

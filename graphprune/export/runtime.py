@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,6 +31,7 @@ class OnnxDecoder:
         threads: Threads of one operator; None leaves it to ONNX Runtime.
         folder: Where the external data of a graph given as bytes lies.
         provider: What computes: ``cpu`` or ``cuda``.
+        settings: Further entries of the session's configuration.
 
     Raises:
         RecipeError: If `provider` is no name of one.
@@ -44,6 +45,7 @@ class OnnxDecoder:
         threads: int | None = None,
         folder: Path | None = None,
         provider: Provider = "cpu",
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self.name = str(folder if isinstance(model, bytes) else model)
         options = onnxruntime.SessionOptions()
@@ -53,6 +55,8 @@ class OnnxDecoder:
         if folder is not None:
             key = "session.model_external_initializers_file_folder_path"
             options.add_session_config_entry(key, str(folder.resolve()))
+        for key, value in (settings or {}).items():
+            options.add_session_config_entry(key, value)
         source = model if isinstance(model, bytes) else str(model)
         with _clear_errors(self.name):
             self._session = onnxruntime.InferenceSession(source, options, providers=_providers(provider))

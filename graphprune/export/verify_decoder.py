@@ -31,7 +31,8 @@ def exact_decoder(path: Path) -> OnnxDecoder:
     model = ir.load(path)
     for node in model.graph:
         node.attributes.pop("accuracy_level", None)
-    return OnnxDecoder(ir.to_proto(model).SerializeToString(), folder=path.parent)
+    exact = {"session.qdq_matmulnbits_accuracy_level": "0"}
+    return OnnxDecoder(ir.to_proto(model).SerializeToString(), folder=path.parent, settings=exact)
 
 
 def compare_texts(

@@ -80,14 +80,17 @@ def _quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantLinear | Qu
 def _with_rounded_levels(quantized: QuantizedTensor) -> Tensor:
     """Dequantize with the levels that an 8-bit grid has nearest to the format's own."""
     levels = torch.from_numpy(rounded_levels(get_format(quantized.format).levels.numpy()))
-    return levels[quantized.unpacked_codes().long()] * _absmax_of_each(quantized)
+    return levels[quantized.unpacked_codes().long()] * _of_each(quantized, quantized.absmax)
 
 
 def _relative_to_absmax(difference: Tensor, quantized: QuantizedTensor) -> float:
-    absmax = _absmax_of_each(quantized)
-    return float((difference.abs() / absmax.clamp(min=torch.finfo(torch.float32).tiny)).max())
+    """Return the largest difference over its block's absmax, in affine formats over absmax and offset together."""
+    size = _of_each(quantized, quantized.absmax)
+    if quantized.offsets is not None:
+        size = size + _of_each(quantized, quantized.offsets.values().abs())
+    return float((difference.abs() / size.clamp(min=torch.finfo(torch.float32).tiny)).max())
 
 
-def _absmax_of_each(quantized: QuantizedTensor) -> Tensor:
+def _of_each(quantized: QuantizedTensor, blocks: Tensor) -> Tensor:
     rows, columns = quantized.shape
-    return quantized.absmax.repeat_interleave(quantized.block_size)[: rows * columns].view(rows, columns)
+    return blocks.repeat_interleave(quantized.block_size)[: rows * columns].view(rows, columns)

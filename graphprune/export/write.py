@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import ExportError
+from graphprune.export.adapter_file import BASE, base_digest
 from graphprune.export.decoder import (
     BATCH,
     PAST,
@@ -25,10 +26,13 @@ from graphprune.export.decoder import (
     dynamic_shapes,
     example_inputs,
 )
-from graphprune.export.modules import ModuleWriter
+from graphprune.export.graph_writer import MICROSOFT
+from graphprune.export.layouts import Profile, check_profile
+from graphprune.export.modules import Adapters, ModuleWriter, check_adapters
 from graphprune.export.simplify import forget_traces, name_dimensions, name_initializers, simplify
 from graphprune.export.stand_ins import replaced, stand_in
 from graphprune.files import replacing
+from quant import QuantLinear
 
 FILE = "model.onnx"
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -43,7 +47,9 @@ def export_onnx(
     model: nn.Module,
     folder: Path,
     *,
+    profile: Profile = "cpu",
     exact: bool = False,
+    adapters: Adapters = "overridable",
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a model as `model.onnx` and `model.onnx.data`; a folder of that name is replaced whole.
@@ -58,8 +64,12 @@ def export_onnx(
     Args:
         model: A float32 causal language model of transformers that takes a `DynamicCache`. It is not changed.
         folder: Where the two files go.
+        profile: What the file is to run on: "cpu" and "cuda" have ONNX Runtime's own operators where these are faster,
+            "portable" those of the ONNX standard alone.
         exact: Hold the quantized weights without rounding. Otherwise codebooks that ONNX Runtime has no fast
             kernel for (NF4) are rounded to the 8-bit grid on which it computes.
+        adapters: "overridable" as said above; "constant" to join those of layers that read the same input, which is
+            faster; "merged" for dense float32 weights with the adapters added.
         metadata: Entries for the file's `metadata_props`.
 
     Returns:
@@ -68,6 +78,8 @@ def export_onnx(
     Raises:
         ExportError: If the model cannot be traced or translated.
     """
+    check_profile(profile)
+    check_adapters(adapters)
     _check(model)
     training = model.training
     model.eval()
@@ -76,10 +88,10 @@ def export_onnx(
         onnx = _trace(model, layers)
         name_initializers(onnx.graph, CachedDecoder.PREFIX)
         simplify(onnx)
-        ModuleWriter(model, onnx.graph, exact=exact).write_all()
+        ModuleWriter(model, onnx.graph, profile=profile, exact=exact, adapters=adapters).write_all()
     finally:
         model.train(training)
-    _finish(onnx, layers, metadata or {})
+    _finish(onnx, layers, {**(metadata or {}), **_base(model, adapters)})
     with replacing(folder) as temporary:
         temporary.mkdir()
         ir.save(onnx, temporary / FILE, external_data=DATA_FILE, size_threshold_bytes=_SMALLEST_EXTERNAL)
@@ -132,8 +144,16 @@ def _finish(onnx: ir.Model, layers: list[CacheLayer], metadata: Mapping[str, str
     name_dimensions(onnx.graph.outputs, [(BATCH, SEQUENCE, None), *present])
     forget_traces(onnx)
     onnx.graph.name = "decoder"
-    onnx.opset_imports.update({"": OPSET, "com.microsoft": 1})
+    onnx.opset_imports[""] = OPSET
+    if any(node.domain == MICROSOFT for node in onnx.graph):
+        onnx.opset_imports[MICROSOFT] = 1
     onnx.metadata_props.update(metadata)
+
+
+def _base(model: nn.Module, adapters: Adapters) -> dict[str, str]:
+    """Return what ties adapter files to the packed weights, where there are any to be overridden."""
+    packed = any(isinstance(module, QuantLinear) for module in model.modules())
+    return {BASE: base_digest(model)} if packed and adapters == "overridable" else {}
 
 
 def _check(model: nn.Module) -> None:

@@ -320,12 +320,14 @@ def export_stage(session: Session) -> str:
         "graphprune.plan": json.dumps({name: list(units) for name, units in plan.items()}),
         "graphprune.source": session.inputs.source.name,
     }
-    exact = session.recipe.export.weights == "exact"
+    settings = session.recipe.export
+    exact = settings.weights == "exact"
     with session.reporter.task("torch.onnx export"):
-        path = export_onnx(session.quantized, unverified, exact=exact, metadata=metadata)
+        path = export_onnx(
+            session.quantized, unverified, profile=settings.profile, exact=exact, metadata=metadata
+        )
         session.inputs.tokenizer.save_pretrained(unverified)
         _write_genai_config(session, unverified)
-    settings = session.recipe.export
     windows = [
         row[: settings.verify_tokens].tolist()
         for row in session.inputs.evaluate.ids[: settings.verify_windows]

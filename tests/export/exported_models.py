@@ -7,7 +7,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 VOCABULARY = 99
 LAYERS = 2
@@ -49,6 +58,47 @@ def tiny_gpt2() -> nn.Module:
     """LayerNorm, biases, learned positions, one matrix for query, key and value that is not an nn.Linear."""
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=64)
     return randomize(GPT2LMHeadModel(config), seed=2)
+
+
+def tiny_gpt_neox() -> nn.Module:
+    """LayerNorm, biases, one matrix for query, key and value, rotary positions on half a head, parallel branches."""
+    config = GPTNeoXConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        rotary_pct=0.5,
+    )
+    return randomize(GPTNeoXForCausalLM(config), seed=4)
+
+
+def tiny_uneven_qwen2() -> nn.Module:
+    """Biases in query, key and value, and layers of different head counts and widths."""
+    config = Qwen2Config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+    )
+    model = randomize(Qwen2ForCausalLM(config), seed=3)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    for layer, rows in ((attention.q_proj, 32), (attention.k_proj, 16), (attention.v_proj, 16)):
+        layer.weight = nn.Parameter(layer.weight[:rows].detach().clone())
+        layer.bias = nn.Parameter(layer.bias[:rows].detach().clone())
+        layer.out_features = rows
+    attention.o_proj.weight = nn.Parameter(attention.o_proj.weight[:, :32].detach().clone())
+    attention.o_proj.in_features = 32
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        layer.weight = nn.Parameter(layer.weight[:100].detach().clone())
+        layer.out_features = 100
+    mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, :100].detach().clone())
+    mlp.down_proj.in_features = 100
+    return model
 
 
 def windows(*lengths: int) -> list[list[int]]:

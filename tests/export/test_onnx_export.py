@@ -11,9 +11,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exported_models import LAYERS, RANK, VOCABULARY, Exported, randomize, tiny_llama, windows
+from exported_models import LAYERS, RANK, VOCABULARY, Exported, tiny_llama, tiny_uneven_qwen2, windows
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import quant
 from graphprune.errors import ExportError
@@ -94,7 +93,7 @@ def test_attention_norms_and_rotary_embeddings_are_single_operators(packed: Expo
     assert count["Attention"] == LAYERS
     assert count["RMSNormalization"] == 2 * LAYERS + 1
     assert count["RotaryEmbedding"] == 2 * LAYERS
-    assert count["MatMulNBits"] == 7 * LAYERS + 1
+    assert count["MatMulNBits"] == 4 * LAYERS + 1  # query, key and value are one product; gate and up too
     assert count["Softmax"] == 0
 
 
@@ -178,34 +177,6 @@ def test_padding_on_the_left_changes_nothing(dense: Exported) -> None:
         np.testing.assert_allclose(decoder.logits(ids, mask)[:, padding:], alone, rtol=0, atol=1e-5)
 
 
-def tiny_uneven_qwen2() -> nn.Module:
-    """Biases in query, key and value, NF4 weights, and layers of different head counts and widths."""
-    config = Qwen2Config(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-    )
-    model = randomize(Qwen2ForCausalLM(config), seed=3)
-    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
-    for layer, rows in ((attention.q_proj, 32), (attention.k_proj, 16), (attention.v_proj, 16)):
-        layer.weight = nn.Parameter(layer.weight[:rows].detach().clone())
-        layer.bias = nn.Parameter(layer.bias[:rows].detach().clone())
-        layer.out_features = rows
-    attention.o_proj.weight = nn.Parameter(attention.o_proj.weight[:, :32].detach().clone())
-    attention.o_proj.in_features = 32
-    for layer in (mlp.gate_proj, mlp.up_proj):
-        layer.weight = nn.Parameter(layer.weight[:100].detach().clone())
-        layer.out_features = 100
-    mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, :100].detach().clone())
-    mlp.down_proj.in_features = 100
-    quant.loftq_model(model, quant.LoftQConfig(rank=2, iterations=1))
-    return model
-
-
 def test_another_architecture_gpt2(learned_positions: Exported) -> None:
     verification = verify_onnx(learned_positions.path, learned_positions.model, windows(20, 12))
     assert verification.max_relative_error < 1e-5
@@ -215,6 +186,7 @@ def test_another_architecture_gpt2(learned_positions: Exported) -> None:
 def test_uneven_layers_with_biases_in_an_exact_file(tmp_path: Path) -> None:
     """Rows of 100 weights share blocks with the next row: only the flat blocks of MatMulBnb4 hold them."""
     model = tiny_uneven_qwen2()
+    quant.loftq_model(model, quant.LoftQConfig(rank=2, iterations=1))
     path = export_onnx(model, tmp_path / "onnx", exact=True)
     verification = verify_onnx(path, model, windows(20, 12))
     assert verification.checks["weight_rounding"] < 5e-7

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 import quant
 from graphprune.errors import ExportError
-from graphprune.export import layouts
 from graphprune.export.embeddings import write_embedding
 from graphprune.export.graph_writer import GraphWriter
-from graphprune.export.layouts import LAYOUTS, choose_layout
+from graphprune.export.layouts import LAYOUTS, PROFILES, choose_layout, rounded_levels
+from graphprune.export.layouts.byte_table import byte_denominator
+from graphprune.export.layouts.codes import codebook_codes, nibbles
 from graphprune.export.packed_matrix import PackedMatrix, pack
 
 quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -28,11 +29,16 @@ block_sizes = st.sampled_from([16, 32, 64, 128])
 columns = st.sampled_from([16, 32, 48, 64, 96, 100, 128, 33, 20, 7])
 rows = st.integers(1, 9)
 seeds = st.integers(0, 2**31 - 1)
+storages = st.sampled_from(["float32", "float16", "double"])
+profiles = st.sampled_from(sorted(PROFILES))
 
 
-def random_weight(shape: tuple[int, int], format: str, block_size: int, seed: int) -> quant.QuantizedTensor:
+def random_weight(
+    shape: tuple[int, int], format: str, block_size: int, seed: int, storage: str = "float32"
+) -> quant.QuantizedTensor:
     generator = torch.Generator().manual_seed(seed)
-    return quant.quantize(torch.randn(shape, generator=generator), format, block_size)
+    weight = torch.randn(shape, generator=generator) + torch.randn(shape[0], 1, generator=generator)
+    return quant.quantize(weight, format, block_size, scale_storage=storage)
 
 
 def reference(quantized: quant.QuantizedTensor, levels: np.ndarray) -> np.ndarray:
@@ -69,6 +75,7 @@ def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
     onnx.checker.check_model(proto)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"])
     return session.run(None, {"x": x})[0]
 
@@ -80,35 +87,41 @@ def matrix_in(model: ir.Model, columns: int) -> np.ndarray:
 
 @quick
 @given(
-    name=st.sampled_from(sorted(LAYOUTS)), format=formats, block=block_sizes, n=rows, k=columns, seed=seeds
+    name=st.sampled_from(sorted(LAYOUTS)),
+    format=formats,
+    block=block_sizes,
+    n=rows,
+    k=columns,
+    storage=storages,
+    seed=seeds,
 )
 def test_every_layout_multiplies_by_the_dequantized_weight(
-    name: str, format: str, block: int, n: int, k: int, seed: int
+    name: str, format: str, block: int, n: int, k: int, storage: str, seed: int
 ) -> None:
-    quantized = random_weight((n, k), format, block, seed)
+    quantized = random_weight((n, k), format, block, seed, storage)
     weight = PackedMatrix.of("w", quantized)
     form = LAYOUTS[name]
     if not form.fits(weight):
         return
     model = build(1, ["rows", k], lambda writer, x: form.write(writer, x, weight))
     found = matrix_in(model, k)
-    levels = levels_of(format) if form.exact else layouts.rounded_levels(levels_of(format))
+    levels = levels_of(format) if form.exact(weight) else rounded_levels(levels_of(format))
     assert found.shape == (n, k)
-    largest = float(quantized.absmax.max())
+    largest = float(quantized.dequantize().abs().max())
     np.testing.assert_allclose(found, reference(quantized, levels), rtol=0, atol=2e-6 * largest)
 
 
 @quick
-@given(format=formats, block=block_sizes, n=rows, k=columns, seed=seeds)
+@given(format=formats, block=block_sizes, n=rows, k=columns, storage=storages, profile=profiles, seed=seeds)
 def test_an_embedding_looks_up_the_dequantized_rows(
-    format: str, block: int, n: int, k: int, seed: int
+    format: str, block: int, n: int, k: int, storage: str, profile: str, seed: int
 ) -> None:
-    quantized = random_weight((n, k), format, block, seed)
+    quantized = random_weight((n, k), format, block, seed, storage)
     weight = PackedMatrix.of("w", quantized)
     ids = np.random.default_rng(seed).integers(0, n, (2, 3))
-    model = build(7, ["batch", "sequence"], lambda writer, x: write_embedding(writer, x, weight))
+    model = build(7, ["batch", "sequence"], lambda writer, x: write_embedding(writer, x, weight, profile))
     found = run(model, ids)
-    largest = float(quantized.absmax.max())
+    largest = float(quantized.dequantize().abs().max())
     np.testing.assert_allclose(
         found, reference(quantized, levels_of(format))[ids], rtol=0, atol=2e-6 * largest
     )
@@ -116,20 +129,27 @@ def test_an_embedding_looks_up_the_dequantized_rows(
 
 @pytest.mark.parametrize("format", quant.format_names())
 @pytest.mark.parametrize("exact", [True, False])
-def test_every_weight_has_a_layout(format: str, exact: bool) -> None:
+@pytest.mark.parametrize("profile", sorted(PROFILES))
+def test_every_weight_has_a_layout(profile: str, format: str, exact: bool) -> None:
     for k in (64, 48, 100, 7):
         weight = PackedMatrix.of("w", random_weight((3, k), format, 64, 0))
-        form = choose_layout(weight, exact=exact)
+        form = choose_layout(weight, profile, exact=exact)
         assert form.fits(weight)
-        assert form.exact or not exact
+        assert form.exact(weight) or not exact
 
 
 def test_which_layout_is_chosen() -> None:
-    def chosen(format: str, k: int, exact: bool = False) -> str:
-        return choose_layout(PackedMatrix.of("w", random_weight((4, k), format, 64, 0)), exact=exact).name
+    def chosen(format: str, k: int, exact: bool = False, profile: str = "cpu") -> str:
+        weight = PackedMatrix.of("w", random_weight((4, k), format, 64, 0))
+        return choose_layout(weight, profile, exact=exact).name
 
     assert [chosen(f, 64) for f in ("int2", "int3", "int4", "int8")] == ["grid"] * 4
     assert [chosen(f, 64) for f in ("nf2", "nf3", "nf4")] == ["byte_table"] * 3
+    assert [chosen(f, 64) for f in ("uint2", "uint3", "uint4", "uint8")] == ["grid"] * 4
+    assert [chosen(f, 64, profile="cuda") for f in ("nf4", "nf3")] == ["bnb4", "byte_table"]
+    assert [chosen(f, 64, profile="portable") for f in ("uint3", "nf4", "int4")] == ["dequantize"] * 3
+    assert chosen("nf4", 64, exact=True, profile="portable") == "unpacked"
+    assert chosen("fp4", 64, exact=True) == "byte_table"
     assert chosen("nf4", 48) == "byte_table"
     assert chosen("nf4", 100) == "bnb4"
     assert chosen("int4", 100) == "unpacked"
@@ -141,7 +161,7 @@ def test_which_layout_is_chosen() -> None:
 )
 def test_the_byte_table_rounds_levels_to_the_best_grid(format: str) -> None:
     levels = levels_of(format).astype(np.float64)
-    rounded = layouts.rounded_levels(levels_of(format))
+    rounded = rounded_levels(levels_of(format))
     error = np.abs(rounded - levels).max()
     every_grid = [np.abs(np.round(levels * d) / d - levels).max() for d in range(1, 128)]
     assert error <= min(every_grid) + 1e-7
@@ -150,12 +170,59 @@ def test_the_byte_table_rounds_levels_to_the_best_grid(format: str) -> None:
 
 
 def test_nf4_on_the_byte_table_is_at_most_the_documented_error_away() -> None:
-    assert layouts.byte_denominator(tuple(levels_of("nf4").tolist())) == 123
-    assert layouts.byte_denominator(tuple(levels_of("nf2").tolist())) == 74
+    assert byte_denominator(tuple(levels_of("nf4").tolist())) == 123
+    assert byte_denominator(tuple(levels_of("nf2").tolist())) == 74
+
+
+@pytest.mark.parametrize("format", quant.format_names())
+@pytest.mark.parametrize("storage", ["float32", "float16", "double"])
+@pytest.mark.parametrize("profile", sorted(PROFILES))
+def test_a_file_holds_no_more_than_codes_and_scales_as_they_are_stored(
+    profile: str, storage: str, format: str
+) -> None:
+    quantized = random_weight((128, 256), format, 64, 0, storage)
+    weight = PackedMatrix.of("w", quantized)
+    model = build(1, ["rows", 256], lambda w, x: choose_layout(weight, profile).write(w, x, weight))
+    stored = {name: value.const_value.nbytes for name, value in model.graph.initializers.items()}
+    assert sum(size for name, size in stored.items() if name.startswith("w.")) == quantized.nbytes
+    assert sum(size for name, size in stored.items() if not name.startswith("w.")) < 9000  # tables, shapes
+
+
+def test_the_portable_profile_has_standard_operators_alone() -> None:
+    for format in quant.format_names():
+        for k in (64, 100):
+            weight = PackedMatrix.of("w", random_weight((4, k), format, 64, 0))
+
+            def both(writer: GraphWriter, ids: ir.Value, weight: PackedMatrix = weight) -> ir.Value:
+                rows = write_embedding(writer, ids, weight, "portable")
+                rows.shape = ir.Shape([None, None, weight.in_features])
+                return choose_layout(weight, "portable").write(writer, rows, weight)
+
+            model = build(7, ["batch", "sequence"], both)
+            assert {node.domain for node in model.graph} == {""}
 
 
 @quick
-@given(bits=st.sampled_from([2, 4, 8]), count=st.integers(1, 50), seed=seeds)
+@given(bits=st.sampled_from([1, 2]), count=st.integers(1, 40), low_first=st.booleans(), seed=seeds)
+def test_nibbles_hold_the_values_of_codes_in_order(bits: int, count: int, low_first: bool, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    codes = generator.integers(0, 2**bits, 8 * count).astype(np.uint8)
+    values = tuple(generator.integers(0, 16, 2**bits).tolist())
+
+    def write(writer: GraphWriter, x: ir.Value) -> ir.Value:
+        plane = writer.initializer("plane", lambda: pack(codes, bits))
+        spread = nibbles(writer, plane, values, low_first=low_first)
+        return writer.node("Add", [x, writer.node("Cast", [spread], to=ir.DataType.FLOAT.value)])
+
+    found = run(build(1, [1, 4 * count], write), np.zeros((1, 4 * count), dtype=np.float32))[0].astype(
+        np.uint8
+    )
+    first, second = (found & 15, found >> 4) if low_first else (found >> 4, found & 15)
+    assert np.stack([first, second], axis=1).reshape(-1).tolist() == [values[code] for code in codes]
+
+
+@quick
+@given(bits=st.sampled_from([1, 2, 4, 8]), count=st.integers(1, 50), seed=seeds)
 def test_packing_is_undone_by_shifting(bits: int, count: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 2**bits, count).astype(np.uint8)
     per_byte = 8 // bits
@@ -169,7 +236,15 @@ def test_packing_is_undone_by_shifting(bits: int, count: int, seed: int) -> None
 
 def test_bytes_are_packed_as_quant_packs_them() -> None:
     quantized = random_weight((5, 20), "nf4", 16, 3)
-    assert np.array_equal(PackedMatrix.of("w", quantized).packed_high_first(), quantized.codes.numpy())
+    weight = PackedMatrix.of("w", quantized)
+    stored: list[np.ndarray] = []
+
+    def write(writer: GraphWriter, x: ir.Value) -> ir.Value:
+        stored.append(codebook_codes(writer, weight).const_value.numpy())
+        return writer.node("Identity", [x])
+
+    build(1, ["rows", 20], write)
+    assert np.array_equal(stored[0], quantized.codes.numpy())
 
 
 def test_a_layout_that_does_not_fit_says_so() -> None:
@@ -181,19 +256,26 @@ def test_a_layout_that_does_not_fit_says_so() -> None:
             build(1, ["rows", 100], lambda w, x, name=name, wrong=wrong: LAYOUTS[name].write(w, x, wrong))
 
 
-def test_a_tied_head_and_embedding_are_stored_once() -> None:
-    weight = PackedMatrix.of("w", random_weight((6, 64), "int8", 32, 0))
+@pytest.mark.parametrize("format", ["int8", "uint8", "uint3", "nf4"])
+def test_a_tied_head_and_embedding_are_stored_once(format: str) -> None:
+    weight = PackedMatrix.of("w", random_weight((6, 64), format, 32, 0))
     stored: list[set[str]] = []
 
     def both(writer: GraphWriter, ids: ir.Value) -> ir.Value:
         hidden = write_embedding(writer, ids, weight)
         stored.append({name for name in writer._graph.initializers if name.startswith("w.")})
+        hidden.shape = ir.Shape([None, None, 64])
         logits = choose_layout(weight).write(writer, hidden, weight)
         stored.append({name for name in writer._graph.initializers if name.startswith("w.")})
         return logits
 
     model = build(7, ["batch", "sequence"], both)
-    assert stored[0] == stored[1] == {"w.codes", "w.scales"}
-    dense = reference(random_weight((6, 64), "int8", 32, 0), levels_of("int8"))
+    assert stored[0] == stored[1]
+    dense = reference(random_weight((6, 64), format, 32, 0), levels_of(format))
+    head = (
+        dense
+        if format != "nf4"
+        else reference(random_weight((6, 64), format, 32, 0), rounded_levels(levels_of(format)))
+    )
     ids = np.array([[0, 5, 2]])
-    np.testing.assert_allclose(run(model, ids), dense[ids] @ dense.T, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(run(model, ids), dense[ids] @ head.T, rtol=1e-5, atol=1e-4)
