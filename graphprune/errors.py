@@ -119,12 +119,36 @@ class ShrinkError(GraphPruneError, RuntimeError):
     exit_code = 3
 
 
+class OperatorShrinkError(ShrinkError):
+    """An operator of an ONNX graph cannot be told of smaller weights.
+
+    Args:
+        operator: Its name.
+        problem: What is wrong.
+        remedy: What the reader can do about it.
+    """
+
+    def __init__(self, operator: str, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.operator = operator
+
+
+class RefusedWidthsError(ShrinkError):
+    """The stock configuration can say the smaller model's widths, and refuses them."""
+
+
 class ShrinkWarning(UserWarning):
     """A model was shrunk as its traced graph, because its own code does not follow its smaller weights."""
 
 
 class TrainingError(GraphPruneError, RuntimeError):
     """Training diverged or could not start."""
+
+    exit_code = 3
+
+
+class QuantizationError(GraphPruneError, RuntimeError):
+    """Weights could not be quantized as the recipe asks."""
 
     exit_code = 3
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -217,6 +216,19 @@ class Quantize(_Section):
     block_size: Positive = 64
     rank: Positive = 16
     iterations: Steps = 5
+    bits: float | None = Field(
+        default=None,
+        gt=0,
+        le=16,
+        description="bits a weight with scales, without adapters: each layer takes one of mix_formats, not format",
+    )
+    mix_formats: tuple[str, ...] = Field(default=("uint2", "uint3", "uint4"), min_length=1)
+    propagation: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="with calibration windows, share of earlier layers' errors that a layer takes back",
+    )
     calibration_windows: Steps = Field(
         default=0, description="windows of the training text that layers are fitted to; 0: LoftQ as published"
     )
@@ -229,6 +241,20 @@ class Quantize(_Section):
     embedding: str | None = Field(
         default="int8", description="format of a tied embedding; null keeps it float32"
     )
+
+    @model_validator(mode="after")
+    def _nothing_is_set_in_vain(self) -> Self:
+        idle = [("bits", "mix_formats")] if self.bits is None else []
+        if not self.calibration_windows:
+            idle += [("calibration_windows", "propagation"), ("calibration_windows", "guided")]
+        for missing, name in idle:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"without {missing} nothing reads quantize.{name}")
+        if self.bits is not None and self.format != type(self).model_fields["format"].default:
+            raise ValueError(
+                "with bits each layer takes one of mix_formats, and nothing reads quantize.format"
+            )
+        return self
 
 
 class RecoverySource(_Section):
@@ -282,6 +308,10 @@ class Export(_Section):
     profile: Literal["cpu", "cuda", "portable"] = Field(
         default="cpu", description="what it is to run on; portable has operators of the ONNX standard alone"
     )
+    adapters: Literal["overridable", "constant", "merged"] = Field(
+        default="overridable",
+        description="constant takes no others; merged is dense float32, adapters added",
+    )
     weights: Literal["fast", "exact"] = Field(
         default="fast", description="fast rounds NF4 levels to 8-bit integers"
     )
@@ -309,11 +339,6 @@ class Recipe(_Section):
     recover: Recover = Recover()
     export: Export = Export()
     report: Report = Report()
-
-    @property
-    def digest(self) -> str:
-        """A hash of every setting: equal recipes may share a run folder."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from graphprune.shrink.program import Program, traced_inputs
 from graphprune.shrink.resize import resize
 from graphprune.shrink.weights import named_weights, select_weight, zero_weight
 from graphprune.trace.inputs import keyword_inputs
+
+if TYPE_CHECKING:
+    from graphprune.certify.onnx import OnnxTrial
 
 TOLERANCE = 1e-9
 ONNX_TOLERANCE = 1e-4
@@ -113,13 +116,13 @@ def certify(
 
     Args:
         model: The model, with its weights: a torch module or an exported program. For groups of an ONNX graph it is
-            the file itself that is checked, and the argument may be None.
+            the file itself that is checked: its path, an `onnx_ir.Model`, or None for the one that was traced.
         groups: Its node groups.
         example_inputs: Keyword arguments of its forward, by default those of the trace; one tensor, or a tuple of
             the first arguments, will do. An ONNX graph needs them: arrays or tensors by name.
         seed: Of the permutations, the removed units and the random numbers.
         tolerance: Largest error, relative to the largest output; by default 1e-9 in float64, and 1e-4 for an ONNX
-            file, which runs in float32 and is checked by permutation alone.
+            file, which runs in float32.
 
     Raises:
         CouplingError: If these are no groups, or those of another model.
@@ -131,7 +134,7 @@ def certify(
     if not movable:
         groups.prunable()  # there are none, which raises with the reasons
     if not isinstance(groups.graph.program, ExportedProgram):
-        return _certify_onnx(groups, example_inputs or {}, seed, tolerance or ONNX_TOLERANCE)
+        return _certify_onnx(model, groups, example_inputs or {}, seed, tolerance or ONNX_TOLERANCE)
     check_model(model, groups)
     tolerance = tolerance or TOLERANCE
     if example_inputs is None:
@@ -140,8 +143,15 @@ def certify(
         example_inputs = keyword_inputs(model, example_inputs)
     trial = _Trial(model, groups, example_inputs, np.random.default_rng(seed))
     prunable = [group for group in groups.values() if group.prunable]
+    return _measured(trial, groups, prunable, tolerance)
+
+
+def _measured(
+    trial: _Trial | OnnxTrial, groups: NodeGroups, prunable: list[NodeGroup], tolerance: float
+) -> Certificate:
+    movable = [group for group in groups.values() if group.permutable]
     permuted = trial.permuted_error(movable)
-    removed, effect = trial.removed_error(prunable)
+    removed, effect = trial.removed_error(prunable) if prunable else (0.0, 0.0)
     wrong = wrong_members(groups)
     failures = list(wrong)
     if not permuted <= tolerance:
@@ -160,26 +170,15 @@ def certify(
     )
 
 
-def _certify_onnx(groups: NodeGroups, inputs: Mapping[str, Any], seed: int, tolerance: float) -> Certificate:
-    from graphprune.certify.onnx import permutation_error
+def _certify_onnx(
+    model: Any, groups: NodeGroups, inputs: Mapping[str, Any], seed: int, tolerance: float
+) -> Certificate:
+    from graphprune.certify.onnx import OnnxTrial
+    from graphprune.shrink.onnx import fitting_model
 
-    movable = [group for group in groups.values() if group.permutable]
-    error = permutation_error(groups, inputs, seed=seed)
-    suspects = () if error <= tolerance else movable
-    wrong = wrong_members(groups)
-    failing = [
-        g.name for g in suspects if not permutation_error(groups, inputs, only=g, seed=seed) <= tolerance
-    ]
-    return Certificate(
-        groups=len(movable),
-        pruned_groups=0,
-        permuted_max_error=error,
-        removed_max_error=0.0,
-        removed_effect=0.0,
-        tolerance=tolerance,
-        failures=tuple(dict.fromkeys((*wrong, *failing))),
-        wrong_members=_told(wrong),
-    )
+    trial = OnnxTrial(groups, inputs, seed=seed, model=fitting_model(model, groups))
+    prunable = trial.removable([group for group in groups.values() if group.prunable])
+    return _measured(trial, groups, prunable, tolerance)
 
 
 def _told(wrong: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -37,27 +37,13 @@ def file_weights(path: Path) -> Iterator[tuple[str, Array]]:
     """Yield the module's name and its dense weight (out, in) for each quantized operator of a file.
 
     A module whose weight is unpacked to float32 by standard operators is not yielded. The name is what stands before
-    the slash in the operator's own name, where layers that read the same input are joined by plus signs.
+    the slash in the operator's own name.
     """
     model = ir.load(path)
     for node in model.graph:
         read = _READERS.get(node.op_type)
         if read is not None and node.name is not None:
-            names = node.name.split("/")[0].split(" + ")
-            yield from zip(names, _rows_of_each(node, read(node), len(names)), strict=True)
-
-
-def _rows_of_each(node: ir.Node, weight: Array, count: int) -> list[Array]:
-    """Cut the weight of several layers as the file cuts its product."""
-    if count == 1:
-        return [weight]
-    value = node.outputs[0]
-    while value.consumers():
-        split = next((reader for reader in value.consumers() if reader.op_type == "Split"), None)
-        if split is not None:
-            return np.split(weight, np.cumsum(constant(split.inputs[1]))[:-1])
-        value = value.consumers()[0].outputs[0]
-    raise VerificationError(f"the product {node.name} of {count} layers is not cut", "export the model again")
+            yield node.name.split("/")[0], read(node)
 
 
 def _matmul_n_bits(node: ir.Node) -> Array:

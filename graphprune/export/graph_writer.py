@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +12,7 @@ MICROSOFT = "com.microsoft"
 
 
 class GraphWriter:
-    """Collects the nodes that take the place of some others, and registers initializers.
+    """Collects the nodes that take the place of one node, and registers initializers.
 
     Args:
         graph: Where initializers go at once and nodes when `replace` is called.
@@ -64,31 +64,15 @@ class GraphWriter:
         initializer.shape = ir.Shape(shape)
         self._graph.inputs.append(initializer)
 
-    def split(self, value: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
-        """Add a node that cuts the last axis into parts of these sizes, and return them."""
-        label = f"{self._prefix}/Split.{len(self._nodes)}"
-        inputs = [value, self.integers(*sizes)]
-        added = ir.node("Split", inputs, {"axis": -1}, name=label, num_outputs=len(sizes))
-        for index, output in enumerate(added.outputs):
-            output.name = f"{label}.output{index}"
-        self._nodes.append(added)
-        return list(added.outputs)
-
-    def replace(self, old: Sequence[ir.Node], outputs: Mapping[str, ir.Value]) -> None:
-        """Put the collected nodes in the place of others.
-
-        Args:
-            old: Nodes of one output each, in the graph's order.
-            outputs: What takes the place of their outputs, by the module that it is the output of.
-        """
+    def replace(self, old: ir.Node, output: ir.Value) -> None:
+        """Put the collected nodes in the place of `old`, whose only output becomes `output`."""
         ir.convenience.replace_nodes_and_values(
             self._graph,
-            insertion_point=old[0],
-            old_nodes=old,
+            insertion_point=old,
+            old_nodes=[old],
             new_nodes=self._nodes,
-            old_values=[node.outputs[0] for node in old],
-            new_values=list(outputs.values()),
+            old_values=[old.outputs[0]],
+            new_values=[output],
         )
-        for name, output in outputs.items():
-            if not output.is_graph_output():
-                output.name = f"{name}.output"
+        if not output.is_graph_output():
+            output.name = f"{self._prefix}.output"

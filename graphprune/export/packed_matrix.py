@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -27,7 +26,6 @@ class PackedMatrix:
         levels: float32 (levels,), ascending within [-1, 1].
         block_size: Consecutive flat weights that share a scale.
         offsets: (blocks,) in affine formats, else None.
-        parts: The matrices that this one is stacked of, row by row; each is stored on its own. Empty for a single one.
     """
 
     name: str
@@ -36,7 +34,6 @@ class PackedMatrix:
     levels: npt.NDArray[np.float32] = field(repr=False)
     block_size: int
     offsets: Scales | None = field(default=None, repr=False)
-    parts: tuple[PackedMatrix, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, name: str, quantized: QuantizedTensor) -> PackedMatrix:
@@ -48,16 +45,6 @@ class PackedMatrix:
             levels=get_format(quantized.format).levels.cpu().numpy(),
             block_size=quantized.block_size,
             offsets=quantized.offsets,
-        )
-
-    def stacks_with(self, other: PackedMatrix) -> bool:
-        """Return whether the rows of both can be multiplied in one product."""
-        return (
-            self.in_features == other.in_features
-            and self.block_size == other.block_size
-            and self.in_features % self.block_size == 0
-            and np.array_equal(self.levels, other.levels)
-            and (self.offsets is None) == (other.offsets is None)
         )
 
     @property
@@ -94,19 +81,6 @@ class PackedMatrix:
         """
         fitting = (b for b in KERNEL_BLOCKS if b <= largest)
         return next((b for b in fitting if self.in_features % b == 0 and self.block_size % b == 0), None)
-
-
-def stack(parts: Sequence[PackedMatrix]) -> PackedMatrix:
-    """Return the matrix of all rows of some that stack with each other; a single one is returned as it is."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    return replace(
-        first,
-        name=" + ".join(part.name for part in parts),
-        codes=np.concatenate([part.codes for part in parts]),
-        parts=tuple(parts),
-    )
 
 
 def pack(codes: npt.NDArray[np.uint8], bits: int, *, low_first: bool = False) -> npt.NDArray[np.uint8]:

@@ -68,8 +68,8 @@ def export_onnx(
             "portable" those of the ONNX standard alone.
         exact: Hold the quantized weights without rounding. Otherwise codebooks that ONNX Runtime has no fast
             kernel for (NF4) are rounded to the 8-bit grid on which it computes.
-        adapters: "overridable" as said above; "constant" to join those of layers that read the same input, which is
-            faster; "merged" for dense float32 weights with the adapters added.
+        adapters: "overridable" as said above; "constant", which loads a little faster; "merged" for dense float32
+            weights with the adapters added.
         metadata: Entries for the file's `metadata_props`.
 
     Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from graphprune import __version__
 from graphprune.errors import RunFolderError
 from graphprune.files import remove, remove_temporaries, write_json
 
-SCHEMA = "graphprune.run/1"
+SCHEMA = "graphprune.run/2"
 _LOCK = ".lock"
 
 
@@ -28,11 +28,13 @@ class StageRecord:
         seconds: Wall time.
         peak_bytes: Largest resident memory of the process during it.
         note: What it found, in a few words.
+        stamp: Of what it read; see `stamps`.
     """
 
     seconds: float
     peak_bytes: int
     note: str
+    stamp: str
 
 
 class RunFolder:
@@ -58,7 +60,7 @@ class RunFolder:
     def finish(self, stage: str, record: StageRecord) -> None:
         """Record that a stage has finished; its files must be in place."""
         stages = {**self.manifest["stages"]}
-        stages[stage] = {"seconds": record.seconds, "peak_bytes": record.peak_bytes, "note": record.note}
+        stages[stage] = asdict(record)
         self.manifest["stages"] = stages
         self._write()
 
@@ -87,15 +89,15 @@ class RunFolder:
 def open_run_folder(path: Path, fingerprint: str, *, fresh: bool = False) -> Iterator[RunFolder]:
     """Open a run folder for one run and hold its lock.
 
-    A folder of the same recipe and inputs is resumed. Nothing is touched if the folder belongs to something else.
+    A folder of the same start is resumed. Nothing is touched if the folder belongs to something else.
 
     Args:
         path: The folder; made if it is not there.
-        fingerprint: Of the recipe and all inputs.
+        fingerprint: Of all that every stage reads.
         fresh: Whether to discard what an earlier run of graphprune left in it.
 
     Raises:
-        RunFolderError: If another process holds it, or it is not a run of this recipe.
+        RunFolderError: If another process holds it, or what it holds began otherwise.
     """
     manifest = _existing_manifest(path, fresh)
     try:
@@ -114,7 +116,7 @@ def open_run_folder(path: Path, fingerprint: str, *, fresh: bool = False) -> Ite
     try:
         if manifest and manifest["fingerprint"] != fingerprint and not fresh:
             raise RunFolderError(
-                f"{path} holds a run of another recipe, model or text",
+                f"{path} holds a run of another recipe (its data, seed or prune section), model or text",
                 "choose another folder with -o, or discard that run with --fresh",
             )
         if manifest is None or fresh:

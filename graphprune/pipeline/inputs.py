@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from graphprune.coupling.kinds import Kind
 from graphprune.errors import RecipeError
+from graphprune.pipeline.stamps import LATER, section_digest, start_digest
 from graphprune.prune.costs import check_cost
 from graphprune.prune.methods.registry import method_named
-from graphprune.recipe import Recipe, RecoverySource
+from graphprune.prune.target import check_windows
+from graphprune.recipe import Quantize, Recipe, RecoverySource
 from graphprune.recover.course import check_course
 from graphprune.recover.sources import Source, open_text, split_sources, without
 from graphprune.saliency.registry import saliency_named
@@ -20,6 +23,8 @@ from graphprune.source.model import ModelSource, find_model, load_config, load_t
 from graphprune.source.text import Windows, cut_windows, read_text
 from quant.codebooks import get_format
 from quant.errors import QuantError
+
+_SCALE_BITS = {"float32": 32, "float16": 16, "double": 8.125}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,8 @@ class Inputs:
         train: Text to learn from, but for what recovery's sources hold out.
         evaluate: Text to judge by.
         sources: What recovery learns from.
-        fingerprint: Of the recipe and everything above: a run folder belongs to one of these.
+        fingerprint: Of all that every stage reads: a run folder belongs to one of these.
+        sections: Hashes of the recipe's sections that only later stages read, by name.
     """
 
     recipe: Recipe
@@ -45,6 +51,7 @@ class Inputs:
     evaluate: Windows
     sources: tuple[Source, ...]
     fingerprint: str
+    sections: Mapping[str, str]
 
 
 def open_inputs(recipe: Recipe, base: Path) -> Inputs:
@@ -56,7 +63,8 @@ def open_inputs(recipe: Recipe, base: Path) -> Inputs:
 
     Raises:
         SourceError: If the model or a text cannot be opened, or a text is too short for one window.
-        RecipeError: If a saliency or a format does not exist, texts overlap, or recovery has too few steps.
+        RecipeError: If a saliency or a format does not exist, texts overlap or have too few windows, or recovery has
+            too few steps.
     """
     _check_names(recipe)
     data = recipe.data
@@ -74,13 +82,13 @@ def open_inputs(recipe: Recipe, base: Path) -> Inputs:
     )
     sources, more_text = _open_sources(recipe, tokenizer, base, train, set(evaluate_text))
     train = without(train, [source.held_out for source in sources if source.held_out is not None])
-    digest = hashlib.sha256(recipe.digest.encode())
-    for part in (*train_text, *evaluate_text, *more_text):
-        digest.update(part.encode())
-    digest.update(_model_stamp(source).encode())
-    return Inputs(
-        recipe, source, load_config(source), tokenizer, train, evaluate, sources, digest.hexdigest()
-    )
+    check_windows(recipe.prune, train)
+    ids = (windows.ids.numpy().tobytes() for windows in (train, evaluate))
+    start = start_digest(recipe, _model_stamp(source), *train_text, *evaluate_text, *ids)
+    sections = {
+        name: section_digest(recipe, name, *(more_text if name == "recover" else ())) for name in LATER
+    }
+    return Inputs(recipe, source, load_config(source), tokenizer, train, evaluate, sources, start, sections)
 
 
 def _open_sources(
@@ -112,7 +120,7 @@ def _open_sources(
 def _check_names(recipe: Recipe) -> None:
     method_named(recipe.prune.method)
     saliency_named(recipe.prune.saliency)
-    check_cost(recipe.prune.budget)
+    check_cost(recipe.prune.budget, "prune.budget")
     for key, kinds in (("kinds", recipe.prune.kinds), ("width_multiple", tuple(recipe.prune.width_multiple))):
         for kind in kinds:
             if kind not in get_args(Kind):
@@ -122,12 +130,31 @@ def _check_names(recipe: Recipe) -> None:
     for key, name in (
         ("quantize.format", recipe.quantize.format),
         ("quantize.embedding", recipe.quantize.embedding),
+        *(("quantize.mix_formats", name) for name in recipe.quantize.mix_formats),
     ):
         try:
             if name is not None:
                 get_format(name)
         except QuantError as error:
             raise RecipeError(f"{key}: {error.problem}", error.remedy) from error
+    _check_bits(recipe.quantize)
+
+
+def _check_bits(settings: Quantize) -> None:
+    """Raise a RecipeError if the narrowest format of a mix takes more bits than there are."""
+    if settings.bits is None:
+        return
+    least, narrowest = min((_bits(settings, name), name) for name in settings.mix_formats)
+    if settings.bits < least:
+        raise RecipeError(
+            f"quantize.bits: {settings.bits} bits a weight, and {narrowest} takes {least:.4g} with its scales",
+            "raise it, set quantize.scale_storage to double, or raise quantize.block_size",
+        )
+
+
+def _bits(settings: Quantize, name: str) -> float:
+    format = get_format(name)
+    return format.bits + (1 + format.affine) * _SCALE_BITS[settings.scale_storage] / settings.block_size
 
 
 def _local(reference: str, base: Path) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from graphprune import __version__
 from graphprune.errors import ShrinkError
+from graphprune.export.adapter_file import write_adapter
 from graphprune.files import replacing, write_json, write_text
 from graphprune.pipeline.session import Session
 from graphprune.shrink.load import KEY, RECORD, Difference, load
@@ -131,7 +132,7 @@ def save_recovered(session: Session, model: Any) -> None:
 
 
 def save_adapter(session: Session, model: Any) -> None:
-    """Write the adapters of a quantized model as a PEFT folder that names its base by hash.
+    """Write the adapters of a quantized model as a PEFT folder that names its base by hash, and for ONNX Runtime.
 
     The base is the quantized one: on the float model these adapters would correct errors that it does not have.
     """
@@ -154,6 +155,7 @@ def save_adapter(session: Session, model: Any) -> None:
         config.base_model_name_or_path = "../quant"
         config.save_pretrained(str(temporary))
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_adapter(model, temporary / "adapter.onnx_adapter")
         base = {"file": "quant/quant.safetensors", "sha256": _sha256(session.path("quant/quant.safetensors"))}
         write_json(temporary / "graphprune.json", {"schema": "graphprune.adapter/1", "base": base})
 

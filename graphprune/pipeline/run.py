@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from graphprune.errors import RunFolderError
-from graphprune.files import write_text
+from graphprune.errors import RunFolderError, TrainingError
+from graphprune.files import remove, write_text
 from graphprune.pipeline import stages
 from graphprune.pipeline.folder import RunFolder, StageRecord, open_run_folder
 from graphprune.pipeline.inputs import open_inputs
 from graphprune.pipeline.measure import Stopwatch
 from graphprune.pipeline.progress import Reporter
+from graphprune.pipeline.quantize import quantize_stage
 from graphprune.pipeline.session import Session
+from graphprune.pipeline.stamps import stage_stamps
 from graphprune.pipeline.summary import report_stage
 from graphprune.recipe import Recipe, dump_recipe, load_recipe
 from graphprune.report.group_files import GROUP_FILES
@@ -36,13 +39,16 @@ OUTPUTS_ON_PRUNED = {
     "quantize": OUTPUTS["recover"] + OUTPUTS["quantize"][1:],
 }
 
+_PROCESSES = "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
+"""Where torchrun, accelerate and MPI say how many processes there are."""
+
 STAGES: dict[str, Callable[[Session], str]] = {
-    "evaluate": stages.dense_stage,
     "trace": stages.trace_stage,
     "certify": stages.certify_stage,
+    "evaluate": stages.dense_stage,
     "prune": stages.prune_stage,
     "reload": stages.reload_stage,
-    "quantize": stages.quantize_stage,
+    "quantize": quantize_stage,
     "recover": stages.recover_stage,
     "export": stages.export_stage,
     "speed": stages.speed_stage,
@@ -62,7 +68,7 @@ def run(
 
     Args:
         recipe_path: The YAML file.
-        output: The run folder; a run of the same recipe and inputs in it is resumed.
+        output: The run folder; a run in it that began with the same model, text and pruning is resumed.
         reporter: Whom to tell.
         model: Replaces the recipe's model.
         fresh: Whether to discard an earlier run in `output`.
@@ -95,7 +101,7 @@ def run_until(
     Args:
         last: Name of the stage.
         recipe_path: The YAML file.
-        output: The run folder; a run of the same recipe and inputs in it is resumed.
+        output: The run folder; a run in it that began with the same model, text and pruning is resumed.
         reporter: Whom to tell.
         model: Replaces the recipe's model.
         fresh: Whether to discard an earlier run in `output`.
@@ -125,6 +131,7 @@ def stage_order(recipe: Recipe) -> list[str]:
 def _opened(
     recipe_path: Path, output: Path, reporter: Reporter, model: str | None, fresh: bool
 ) -> Iterator[Session]:
+    _check_alone()
     recipe = load_recipe(recipe_path, {"model.id": model} if model else None)
     reporter.say(f"recipe {recipe_path}, model {recipe.model.id}, into {output}")
     inputs = open_inputs(recipe, recipe_path.resolve().parent)
@@ -133,8 +140,22 @@ def _opened(
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
         folder.remember(recipe_folder=str(recipe_path.resolve().parent))
         with reporter.logging_to(folder / "log.txt"):
+            session = Session(inputs, folder, reporter)
+            _forget_changed(session)
             _forget_lost(folder, recipe)
-            yield Session(inputs, folder, reporter)
+            yield session
+
+
+def _check_alone() -> None:
+    """Refuse to be one of several processes: each would do the whole run, and in one folder."""
+    for name in _PROCESSES:
+        count = os.environ.get(name, "1")
+        if count != "1":
+            raise TrainingError(
+                f"a recipe is run by one process, and this is one of {count} ({name})",
+                "start graphprune itself, without accelerate launch or torchrun; what several processes can share is "
+                "a training loop of your own, with LHSPG as its optimizer",
+            )
 
 
 def _do_all(session: Session, names: list[str]) -> list[str]:
@@ -159,8 +180,35 @@ def _forget_lost(folder: RunFolder, recipe: Recipe) -> None:
     names = stage_order(recipe)
     for position, name in enumerate(names):
         if folder.done(name) and not all((folder / path).is_file() for path in _outputs(recipe, name)):
-            folder.forget(names[position:])
+            folder.forget(_with_rewritten(names[position:], recipe))
             return
+
+
+def _forget_changed(session: Session) -> None:
+    """Forget the stages that read something else now than they did, and remove what they left."""
+    folder, stamps = session.folder, _stamps(session)
+    changed = [name for name in stamps if (record := folder.done(name)) and record.stamp != stamps[name]]
+    if not changed:
+        return
+    changed = _with_rewritten(changed, session.recipe)
+    folder.forget(changed)
+    for name in changed:
+        for path in (*OUTPUTS.get(name, ()), *OUTPUTS_ON_PRUNED.get(name, ())):
+            remove(folder / Path(path).parts[0])
+    for path in ("report.html", "report.json"):
+        remove(folder / path)
+    session.reporter.say(f"the recipe has changed for {', '.join(changed)}: done again")
+
+
+def _stamps(session: Session) -> dict[str, str]:
+    inputs = session.inputs
+    return stage_stamps(session.recipe, inputs.fingerprint, inputs.sections, stage_order(session.recipe))
+
+
+def _with_rewritten(names: list[str], recipe: Recipe) -> list[str]:
+    """Return the names of stages, and of those whose files one of these has written over."""
+    again = {*names, "quantize"} if "recover" in names and recipe.recover.base == "quantized" else {*names}
+    return [name for name in stage_order(recipe) if name in again]
 
 
 def _do(name: str, stage: Callable[[Session], str], session: Session) -> None:
@@ -174,5 +222,5 @@ def _do(name: str, stage: Callable[[Session], str], session: Session) -> None:
     missing = [path for path in _outputs(session.recipe, name) if not (folder / path).is_file()]
     if missing:
         raise RunFolderError(f"stage '{name}' did not write {', '.join(missing)}", "please report it")
-    folder.finish(name, StageRecord(watch.seconds, watch.peak_bytes, note))
+    folder.finish(name, StageRecord(watch.seconds, watch.peak_bytes, note, _stamps(session)[name]))
     session.reporter.say(f"{name:9} {watch.seconds:6.1f} s, {watch.peak_bytes / 1e9:.1f} GB: {note}")

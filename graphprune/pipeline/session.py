@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,13 @@ class Session:
     def groups(self) -> NodeGroups:
         """Node groups of the model with adapters."""
         return node_groups(trace(self.adapted, self.examples))
+
+    @contextmanager
+    def as_it_came(self) -> Iterator[Any]:
+        """Yield the dense model, with its adapters out of action if it has got some."""
+        attached = "_adapted" in self.__dict__
+        with self.adapted.disable_adapter() if attached else nullcontext():
+            yield self.dense
 
     def detach_adapters(self) -> None:
         """Take the adapters off the dense model and forget the traced graph."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,7 @@ from typing import Any
 import torch
 
 from graphprune.certify.certificate import certify
-from graphprune.coupling.groups import NodeGroups
-from graphprune.errors import BudgetError, ShrinkError, VerificationError
+from graphprune.errors import ShrinkError, VerificationError
 from graphprune.export.genai import write_genai_config
 from graphprune.export.runtime import OnnxDecoder
 from graphprune.export.verify import verify_onnx
@@ -21,24 +19,20 @@ from graphprune.export.write import export_onnx
 from graphprune.files import remove, replacing, size_of, write_json, write_text
 from graphprune.pipeline.model_folder import save_adapter, save_model, save_recovered
 from graphprune.pipeline.session import Session
+from graphprune.pipeline.widths import budget_that_opens, describe_widths, measured_budget
 from graphprune.prune.budget import Budget, targets
-from graphprune.prune.methods.registry import Pruned, Task, method_named
+from graphprune.prune.methods.registry import Pruned, Task, check_task, method_named
 from graphprune.prune.precision import use_bfloat16
-from graphprune.prune.target import recipe_budget, recipe_distribution
-from graphprune.prune.timing import TimeTable
 from graphprune.prune.training import Row
 from graphprune.recover.recovery import Recovered, recover
-from graphprune.report.distribution_picture import distribution_picture
+from graphprune.report.formatting import against_dense
 from graphprune.report.group_document import group_document
 from graphprune.report.group_files import write_groups
-from graphprune.shrink.biases import allow_biases, config_with_biases
-from graphprune.shrink.config import fit_config
+from graphprune.shrink.biases import config_with_biases
 from graphprune.shrink.load import is_uneven
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
 from graphprune.source.adapters import attach_adapters, plain_paths
-from quant.apply import loftq_model
-from quant.config import LoftQConfig
 from quant.storage import save_quantized
 
 Stage = Callable[[Session], str]
@@ -50,13 +44,21 @@ PERPLEXITY_FACTOR = 1.05
 
 
 def trace_stage(session: Session) -> str:
-    """Trace the model with adapters attached and write its node groups."""
+    """Trace the model with adapters attached, write its node groups, and see whether the recipe can be done."""
     with session.reporter.task("torch.export and coupling analysis"):
         groups = session.groups
     write_groups(group_document(groups, session.inputs.source.name), session.path("graph"))
     session.folder.remember(parameters=_count(session))
+    rehearse(session)
     prunable = sum(group.prunable for group in groups.values())
     return f"{len(groups.graph.operators)} operators, {len(groups)} node groups, {prunable} prunable"
+
+
+def rehearse(session: Session) -> None:
+    """Raise, in little time, if the model as traced cannot be pruned as the recipe asks."""
+    if session.recipe.prune.repair == "bias":
+        _check_biases(session)
+    check_task(_task(session, budget_that_opens))
 
 
 def certify_stage(session: Session) -> str:
@@ -72,9 +74,9 @@ def certify_stage(session: Session) -> str:
 
 def dense_stage(session: Session) -> str:
     """Measure the model as it came."""
-    session.detach_adapters()
-    value = session.judge(session.dense, "dense model")
-    texts = [session.write(session.dense, prompt) for prompt in session.recipe.report.prompts]
+    with session.as_it_came() as model:
+        value = session.judge(model, "dense model")
+        texts = [session.write(model, prompt) for prompt in session.recipe.report.prompts]
     session.folder.remember(perplexity_dense=value, written_dense=texts)
     return f"perplexity {value:.2f}"
 
@@ -82,19 +84,7 @@ def dense_stage(session: Session) -> str:
 def prune_stage(session: Session) -> str:
     """Prune by the recipe's method, cut what it says out, and save the smaller model."""
     settings, model, groups = session.recipe.prune, session.adapted, session.groups
-    if settings.repair == "bias":
-        _check_biases(session)
-    task = Task(
-        model,
-        groups,
-        settings,
-        session.inputs.train,
-        allot=partial(_budget, session),
-        example_inputs=session.examples,
-        seed=session.recipe.seed,
-        announce=session.reporter.task,
-    )
-    pruned = method_named(settings.method)(task)
+    pruned = method_named(settings.method)(_task(session, measured_budget))
     _write_metrics(session.path("training/metrics.jsonl"), "prune", pruned.metrics)
     small, distance = _cut(session, pruned)
     budget = pruned.budget
@@ -127,6 +117,19 @@ def prune_stage(session: Session) -> str:
     )
 
 
+def _task(session: Session, allot: Callable[[Session, Mapping[str, torch.Tensor]], Budget]) -> Task:
+    return Task(
+        session.adapted,
+        session.groups,
+        session.recipe.prune,
+        session.inputs.train,
+        allot=partial(allot, session),
+        example_inputs=session.examples,
+        seed=session.recipe.seed,
+        announce=session.reporter.task,
+    )
+
+
 def _cut(session: Session, pruned: Pruned) -> tuple[Any, float]:
     """Return the smaller model, adapters merged, and how far its logits are from the masked model's."""
     model, groups = session.adapted, session.groups
@@ -141,9 +144,7 @@ def _cut(session: Session, pruned: Pruned) -> tuple[Any, float]:
         )
     if pruned.model is not None:
         return small, distance
-    uniform = pruned.budget.is_uniform(groups)
-    config = allow_biases(session.inputs.config if uniform else small.config, small)
-    small.config = fit_config(config, small, groups, pruned.plan) if uniform else config
+    small.config = describe_widths(session, small, pruned.budget, pruned.plan)
     return small, distance
 
 
@@ -159,46 +160,6 @@ def _check_biases(session: Session) -> None:
     config_with_biases(type(session.dense), session.inputs.config, wanted)
 
 
-def _budget(session: Session, scores: Mapping[str, torch.Tensor]) -> Budget:
-    """Decide how many units each group loses, on the knowledge distribution if that is asked for."""
-    settings, groups = session.recipe.prune, session.groups
-    with session.reporter.task("knowledge distribution") as tick:
-        distribution = recipe_distribution(
-            session.adapted,
-            groups,
-            settings,
-            session.inputs.train,
-            scores,
-            seed=session.recipe.seed,
-            path=session.path("graph/distribution.json"),
-            progress=lambda done, total: tick(done, "groups", total),
-        )
-    if distribution is not None:
-        write_text(
-            session.path("graph/distribution.svg"), distribution_picture(distribution.rows(groups)) + "\n"
-        )
-    times = TimeTable(session.path("graph/latency.json"), device=session.dense.device)
-    budget = recipe_budget(
-        groups, settings, scores, counted=session.counted, distribution=distribution, times=times
-    )
-    if settings.layout == "uniform" and not budget.is_uniform(groups):
-        raise BudgetError(
-            f"layers would have different widths ({_widths(groups, budget)}), which stock "
-            f"{type(session.dense).__name__} does not open again",
-            "set prune.layout to per_layer: graphprune.load opens such a model",
-        )
-    return budget
-
-
-def _widths(groups: NodeGroups, budget: Budget) -> str:
-    """Return the range of widths of each kind, in words."""
-    kept: dict[str, list[int]] = {}
-    for group in groups.values():
-        if any(groups[name].kind == group.kind for name in budget.removed_units) and group.prunable:
-            kept.setdefault(group.kind, []).append(group.size - budget.removed_units.get(group.name, 0))
-    return ", ".join(f"{kind}: {min(counts)} to {max(counts)}" for kind, counts in kept.items())
-
-
 def reload_stage(session: Session) -> str:
     """Open the smaller model as its user will, and measure it."""
     session.detach_adapters()
@@ -208,59 +169,6 @@ def reload_stage(session: Session) -> str:
     if is_uneven(session.path("model")):
         opened = "graphprune.load, for layers differ in width and stock from_pretrained does not open them"
     return f"opened by {opened}; perplexity {value:.2f}"
-
-
-def quantize_stage(session: Session) -> str:
-    """LoftQ on every linear layer of the blocks."""
-    settings = session.recipe.quantize
-    model = session.unquantized()
-    config = LoftQConfig(
-        format=settings.format,
-        block_size=settings.block_size,
-        rank=settings.rank,
-        iterations=settings.iterations,
-        scale_storage=settings.scale_storage,
-        seed=session.recipe.seed,
-        exclude=_head_pattern(model),
-        embedding_format=settings.embedding,
-    )
-    count = settings.calibration_windows
-    windows = session.inputs.train.drawn(count, session.recipe.seed)
-    batches = [{"input_ids": ids, "labels": ids} for ids in windows.split(4)] if count else None
-    with session.reporter.task("LoftQ") as tick:
-        _, layers = loftq_model(
-            model,
-            config,
-            batches,
-            loss=(lambda output: output.loss) if count and settings.guided else None,
-            on_layer=lambda name, done, total: tick(done, name, total),
-        )
-    model.eval()
-    with replacing(session.path("quant")) as temporary:
-        save_quantized(model, temporary)
-    session.quantized = model
-    if session.recipe.recover.base == "pruned":
-        save_adapter(session, model)
-    value = session.judge(model, "quantized")
-    session.folder.remember(
-        perplexity_quantized=value,
-        layers=[
-            {
-                "name": layer.name,
-                "format": layer.format,
-                "shape": list(layer.shape),
-                "error_before": layer.errors[0],
-                "error_after": min(layer.errors),
-            }
-            for layer in layers
-        ],
-    )
-    adapted = [layer.errors for layer in layers if layer.format == settings.format]
-    plain = sum(errors[0] for errors in adapted) / len(adapted)
-    best = sum(min(errors) for errors in adapted) / len(adapted)
-    return (
-        f"{len(adapted)} layers in {settings.format}: error {plain:.3f} → {best:.3f}; perplexity {value:.2f}"
-    )
 
 
 def recover_stage(session: Session) -> str:
@@ -307,7 +215,7 @@ def _rounds(recovered: Recovered) -> str:
         return ""
     return (
         f" in {sum(row.number > 0 for row in recovered.rounds)} rounds; the best is {best.phase} {best.number}: "
-        f"mean loss above the dense model's {recovered.rounds[0].mean:.3f} → {best.mean:.3f}"
+        f"mean loss {against_dense(recovered.rounds[0].mean)} the dense model's → {against_dense(best.mean)}"
     )
 
 
@@ -324,7 +232,12 @@ def export_stage(session: Session) -> str:
     exact = settings.weights == "exact"
     with session.reporter.task("torch.onnx export"):
         path = export_onnx(
-            session.quantized, unverified, profile=settings.profile, exact=exact, metadata=metadata
+            session.quantized,
+            unverified,
+            profile=settings.profile,
+            exact=exact,
+            adapters=settings.adapters,
+            metadata=metadata,
         )
         session.inputs.tokenizer.save_pretrained(unverified)
         _write_genai_config(session, unverified)
@@ -393,15 +306,6 @@ def _write_genai_config(session: Session, folder: Path) -> None:
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _head_pattern(model: Any) -> tuple[str, ...]:
-    """Return a pattern for the output head, which LoftQ leaves to the embedding's format."""
-    head = model.get_output_embeddings()
-    table = model.get_input_embeddings()
-    if head is None or table is None or head.weight is table.weight:
-        return ()
-    return tuple(f"^{re.escape(name)}$" for name, module in model.named_modules() if module is head)
 
 
 def _distance(ours: torch.Tensor, reference: torch.Tensor) -> float:

@@ -113,7 +113,11 @@ def _report(
         "stages": [
             {
                 "name": name,
-                **session.folder.manifest["stages"][name],
+                **{
+                    key: value
+                    for key, value in session.folder.manifest["stages"][name].items()
+                    if key != "stamp"
+                },
                 "state": "reused" if name in reused else "done",
             }
             for name in order

@@ -126,7 +126,7 @@ def _tried(shared: Sequence[Item]) -> Iterator[list[Item]]:
     if math.prod(len(item.choices) for item in shared) > _MOST_TRIED:
         raise BudgetError(
             f"the cost ties {len(shared)} groups to too many others to compare all layouts",
-            "raise prune.width_multiple, or choose fewer kinds",
+            "raise width_multiple, or choose fewer kinds (recipe: prune.width_multiple, prune.kinds)",
         )
     for picked in itertools.product(*(range(len(item.choices)) for item in shared)):
         yield [

@@ -17,6 +17,8 @@ from graphprune.prune.allocation import Item, allocate, smallest_step
 from graphprune.prune.costs import Cost
 
 Layout = Literal["uniform", "per_layer"]
+Width = tuple[str, int]
+"""A group's name, and how many units it keeps."""
 Curve = NDArray[np.float64]
 """What a group loses with 0, 1, 2, … units, its least salient first: (units + 1,)."""
 
@@ -129,6 +131,7 @@ def allot(
     layout: Layout = "uniform",
     width_multiple: Mapping[str, int] | None = None,
     keep_at_least: float = 0.0,
+    refused: Collection[Width] = (),
 ) -> Budget:
     """Share a budget out among groups so that the least is lost.
 
@@ -144,13 +147,14 @@ def allot(
         layout: ``uniform``: one width for all groups of a kind and size; ``per_layer``: each group its own.
         width_multiple: Kept units are a multiple of this, by kind.
         keep_at_least: The share of its units that each group keeps, 0 to 1.
+        refused: Widths that no group may have, such as those that a model class does not build.
 
     Raises:
         BudgetError: If no allocation comes within a step of the target.
     """
     multiple = dict(width_multiple or {})
     families = _families(groups, curves, layout)
-    items = [_item(family, groups, curves, multiple, keep_at_least) for family in families]
+    items = [_item(family, groups, curves, multiple, keep_at_least, refused) for family in families]
     tied = cost.function.renamed({name: family[0] for family in families for name in family})
     before = cost()
     step = max(smallest_step(items, tied), tied.resolution * before)
@@ -159,7 +163,8 @@ def allot(
         raise BudgetError(
             f"no group can lose a unit, save {cost.name}, and keep {keep_at_least:.0%} of its units and a multiple "
             f"of {multiple}",
-            f"lower prune.width_multiple or prune.keep_at_least; the kinds are {kinds}",
+            f"lower width_multiple, by kind ({kinds}), or keep_at_least "
+            "(recipe: prune.width_multiple, prune.keep_at_least)",
         )
     goal = before * (1 - remove)
     found = allocate(items, tied, goal=goal, tolerance=step / 2)
@@ -167,7 +172,8 @@ def allot(
         raise BudgetError(
             f"{remove:.1%} of the {cost.name} cannot be removed from {kinds}; "
             f"the nearest is {1 - found.cost / before:.1%}",
-            "ask for that, allow more kinds, or lower prune.keep_at_least",
+            "ask for that, allow more kinds, or lower keep_at_least "
+            "(recipe: prune.remove, prune.kinds, prune.keep_at_least)",
         )
     removed = {name: count for family in families for name in family if (count := found.removed[family[0]])}
     after = cost({name: groups[name].size - count for name, count in removed.items()})
@@ -190,10 +196,12 @@ def _item(
     curves: Mapping[str, Curve],
     multiple: Mapping[str, int],
     keep_at_least: float,
+    refused: Collection[Width],
 ) -> Item:
     kind, size = groups[family[0]].kind, groups[family[0]].size
     least = max(1, math.ceil(keep_at_least * size), *(groups[name].minimum for name in family))
     kept = [k for k in range(least, size) if k % multiple.get(kind, 1) == 0]
+    kept = [k for k in kept if not any((name, k) in refused for name in family)]
     choices = (0, *sorted(size - k for k in kept))
     lost = np.sum([curves[name] for name in family], axis=0)
     return Item(family[0], size, choices, tuple(lost[list(choices)].tolist()))

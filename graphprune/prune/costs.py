@@ -87,8 +87,12 @@ def cost(name: str) -> Callable[[Counting], Counting]:
     return register
 
 
-def check_cost(name: str) -> None:
+def check_cost(name: str, key: str = "") -> None:
     """Check that there is a cost called `name`.
+
+    Args:
+        name: Which.
+        key: The recipe's key, if it stands in one.
 
     Raises:
         RecipeError: If there is none.
@@ -96,7 +100,7 @@ def check_cost(name: str) -> None:
     for module in _ELSEWHERE:
         importlib.import_module(module)
     if name not in _COSTS:
-        raise RecipeError.unknown("cost", name, _COSTS, key="prune.budget")
+        raise RecipeError.unknown("cost", name, _COSTS, key)
 
 
 def cost_named(name: str, measured: Measured, names: Collection[str]) -> Cost:

@@ -121,11 +121,16 @@ def measure_distribution(
     """
     ratios = sorted(set(ratios))
     if not ratios or not 0 < ratios[0] <= ratios[-1] < 1:
-        raise RecipeError(f"prune.distribution.ratios is {ratios}", "give shares between 0 and 1")
+        raise RecipeError(
+            f"ratios is {ratios}", "give shares between 0 and 1 (recipe: prune.distribution.ratios)"
+        )
     names = [name for name, group in gates.groups.items() if group.size > 1]
     if not batches or not names:
         what = "no text is left to measure on" if names else "no group has two units"
-        raise RecipeError(f"prune.distribution: {what}", "give more text or other kinds, or leave it out")
+        raise RecipeError(
+            f"knowledge distribution: {what}",
+            "give more text or other kinds, or leave it out (recipe: prune.distribution)",
+        )
     whole = _mean_loss(batches, loss)
     if not math.isfinite(whole):
         raise TrainingError(f"the whole model's loss is {whole}", "check the model and the text")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import TrainingError
 from graphprune.prune.fading import Fading
-from graphprune.prune.finite import require_finite
+from graphprune.prune.finite import finite_loss
 from graphprune.prune.gated_mode import GatedMode
 from graphprune.prune.paper_mode import PaperChoices, PaperMode
 from graphprune.prune.param_groups import ParameterGroups, require_units
@@ -61,7 +61,8 @@ class LHSPG(torch.optim.AdamW):
         on_period: Called when a period has chosen its units, before they fade.
 
     Raises:
-        TrainingError: If a group is asked to lose more units than it can, or the mode cannot work on this model.
+        TrainingError: If a group is asked to lose more units than it can, the mode cannot work on this model, or
+            another optimizer's gates are on it.
         BudgetError: If the share cannot be removed.
     """
 
@@ -95,9 +96,6 @@ class LHSPG(torch.optim.AdamW):
         self._steps = 0
         super().__init__(list(params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._mode = mode
-        self._fading = self._faded_by(mode, params, paper)
-        if self._fading.parameters:
-            self.add_param_group({"params": self._fading.parameters, "lr": 0.0, "weight_decay": 0.0})
         device = params.trainable[0].device
         sizes = {name: params.groups[name].size for name in self._units}
         for name, size in sizes.items():
@@ -106,6 +104,9 @@ class LHSPG(torch.optim.AdamW):
                     f"scores has no {size} numbers for the units of '{name}'",
                     "give one tensor for each group",
                 )
+        self._fading = self._faded_by(mode, params, paper)
+        if self._fading.parameters:
+            self.add_param_group({"params": self._fading.parameters, "lr": 0.0, "weight_decay": 0.0})
         first = {name: scores[name] if scores else torch.zeros(size) for name, size in sizes.items()}
         self._saliency = {
             name: score.detach().to(device, torch.float32, copy=True) for name, score in first.items()
@@ -175,11 +176,7 @@ class LHSPG(torch.optim.AdamW):
         Raises:
             TrainingError: If a gradient is not finite; nothing has been changed then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        require_finite(self, self._steps)
+        loss = finite_loss(self, closure, self._steps)
         for name, observed in self._fading.observe().items():
             self._saliency[name].mul_(self._memory).add_(observed, alpha=1 - self._memory)
         super().step()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphprune.errors import TrainingError
 from graphprune.prune.cubic_schedule import CubicSchedule
-from graphprune.prune.finite import require_finite
+from graphprune.prune.finite import finite_loss
 from graphprune.prune.param_groups import ParameterGroups, require_units
 from graphprune.saliency.effective import Gradients
 from graphprune.saliency.gates import Gates
@@ -49,7 +49,7 @@ class LoRAPrune(torch.optim.AdamW):
 
     Raises:
         TrainingError: If a group is asked to lose more units than it can, or has no weight with an adapter; if an
-            exempt name is that of no group that may lose units.
+            exempt name is that of no group that may lose units, or another optimizer's gates are on the model.
         BudgetError: If the share cannot be removed.
     """
 
@@ -131,11 +131,7 @@ class LoRAPrune(torch.optim.AdamW):
         Raises:
             TrainingError: If a gradient is not finite; nothing has been changed then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        require_finite(self, self._steps)
+        loss = finite_loss(self, closure, self._steps)
         counts = bool(self._units) and self.param_groups[0]["lr"] > 0
         if counts and self._schedule.share(self._steps) < 1:
             self._observe()

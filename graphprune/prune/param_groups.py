@@ -13,6 +13,7 @@ from graphprune.coupling.groups import NodeGroup, NodeGroups
 from graphprune.errors import BudgetError, TrainingError
 from graphprune.prune.budget import allot, score_curves, targets
 from graphprune.prune.costs import Measured, cost_named
+from graphprune.shrink.gated import is_gated
 
 KINDS = ("ffn", "attention_heads")
 _GREATEST_MULTIPLE = 64
@@ -140,7 +141,7 @@ def param_groups(
 
 
 def require_units(params: Any, optimizer: str) -> None:
-    """Check that an optimizer was given `param_groups`, and not parameters alone.
+    """Check that an optimizer was given `param_groups` of a model that no other is pruning.
 
     Raises:
         TrainingError: If not.
@@ -149,6 +150,11 @@ def require_units(params: Any, optimizer: str) -> None:
         raise TrainingError(
             f"{optimizer} needs to know which units there are, and was given a {type(params).__name__}",
             f"{optimizer}(param_groups(model, groups), ...)",
+        )
+    if is_gated(params.model):
+        raise TrainingError(
+            f"the model has the gates of another optimizer on it, and {optimizer} would mistake what they leave for it",
+            "call close() on that optimizer first, or load the model anew",
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import BudgetError, RecipeError
-from graphprune.prune.budget import Budget, Curve, allot, normalised_by_kind, score_curves, targets
+from graphprune.prune.budget import Budget, Curve, Width, allot, normalised_by_kind, score_curves, targets
 from graphprune.prune.costs import Cost, Measured, Times, bits_by_use, cost_named
 from graphprune.prune.distribution import Distribution, measure_distribution
 from graphprune.prune.training import Objective, logits_of
@@ -58,6 +58,7 @@ def recipe_budget(
     counted: Collection[str],
     distribution: Distribution | None = None,
     times: Times | None = None,
+    refused: Collection[Width] = (),
 ) -> Budget:
     """Return how many units each group loses.
 
@@ -71,6 +72,7 @@ def recipe_budget(
         counted: Names of the parameters that count.
         distribution: What was measured of each group.
         times: Seconds of a matrix product, for a budget of latency.
+        refused: Widths that no group may have.
 
     Raises:
         BudgetError: If no allocation comes within a step of the target.
@@ -100,6 +102,7 @@ def recipe_budget(
         layout=settings.layout,
         width_multiple=settings.width_multiple,
         keep_at_least=settings.keep_at_least,
+        refused=refused,
     )
 
 
@@ -134,13 +137,8 @@ def recipe_distribution(
     asked = settings.distribution
     if not asked.ratios:
         return None
+    check_windows(settings, windows)
     drawn = windows.drawn(settings.calibration_windows + asked.windows, seed)[settings.calibration_windows :]
-    if len(drawn) < asked.windows:
-        raise RecipeError(
-            f"prune.distribution asks for {asked.windows} windows beside the {settings.calibration_windows} that "
-            f"units are scored on, and '{windows.name}' has {len(windows)}",
-            "lower one of them, or give more text",
-        )
     gates = Gates(model, groups, [group.name for group in targets(groups, settings.kinds)])
     loss = Objective(logits_of(model), None, 0.0, autocast=False)
     batches = drawn.split(settings.training.batch_size)
@@ -150,3 +148,25 @@ def recipe_distribution(
         )
     finally:
         gates.close()
+
+
+def check_windows(settings: Prune, windows: Windows) -> None:
+    """Check that a text has as many windows as a recipe asks of it.
+
+    Raises:
+        RecipeError: If the distribution finds too few that were not scored on, or least squares fewer than two.
+    """
+    asked = settings.distribution
+    if asked.ratios and len(windows) < settings.calibration_windows + asked.windows:
+        raise RecipeError(
+            f"prune.distribution asks for {asked.windows} windows beside the {settings.calibration_windows} that "
+            f"units are scored on, and '{windows.name}' has {len(windows)}",
+            "lower one of them, or give more text",
+        )
+    found = min(len(windows), settings.calibration_windows)
+    if settings.method != "blocks" and settings.repair == "least_squares" and found < 2:
+        raise RecipeError(
+            f"prune.repair least_squares needs 2 windows, one of them to choose the ridge on, and has {found}: "
+            f"'{windows.name}' has {len(windows)}, prune.calibration_windows is {settings.calibration_windows}",
+            "give more, or set prune.repair to none",
+        )

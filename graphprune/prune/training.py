@@ -135,7 +135,7 @@ def _backward(
         if not len(mine):
             raise TrainingError(
                 f"a batch of {len(part)} windows cannot be shared by {accelerator.num_processes} processes",
-                "raise training.batch_size, or start fewer processes",
+                "give larger batches (recipe: training.batch_size), or start fewer processes",
             )
         loss = objective(mine) * (_tokens(mine) / total)
         value = float(accelerator.reduce(loss.detach(), "sum"))

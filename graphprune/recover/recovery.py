@@ -75,7 +75,9 @@ def recover(
     from accelerate import Accelerator
 
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise TrainingError("the model has no adapters to train", "raise the rank in the recipe")
+        raise TrainingError(
+            "the model has no adapters to train", "attach some first (recipe: quantize.rank or recover.rank)"
+        )
     check_course(settings, sources)
     measured = any(source.held_out is not None for source in sources)
     if measured and dense is None:

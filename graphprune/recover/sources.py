@@ -76,7 +76,7 @@ def hold_out(windows: Windows, count: int, seed: int) -> Windows:
     if len(windows) <= count:
         raise SourceError(
             f"'{windows.name}' has {len(windows)} windows, and {count} are to be held out",
-            "give more text, or lower its hold_out in the recipe",
+            "give more text, or lower its hold_out (recipe: recover.sources)",
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows.chosen(order[:count].sort().values)
@@ -93,7 +93,7 @@ def without(windows: Windows, held_out: Sequence[Windows]) -> Windows:
     if not bool(rows.any()):
         raise SourceError(
             f"every window of '{windows.name}' is also held out to be measured on",
-            "give other text, or lower hold_out in the recipe",
+            "give other text, or lower hold_out (recipe: recover.sources)",
         )
     return windows if bool(rows.all()) else windows.chosen(rows)
 

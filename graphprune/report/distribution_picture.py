@@ -57,7 +57,10 @@ def _draw(axes: Axes, kind: str, rows: Sequence[Mapping[str, Any]], largest: flo
     if len(rows) <= 40:
         axes.set_xticks(range(len(rows)))
     axes.tick_params(length=2.5)
-    axes.set_title(legible(kind, 60), loc="left", fontsize=10, fontweight="bold", parse_math=False)
+    axes.set_title(legible(kind, 32), loc="left", fontsize=10, fontweight="bold", parse_math=False)
     worst = max(rows, key=lambda row: max(row["rises"]))
-    words = f"at most {max(worst['rises']):+.3g} nats a token, {legible(str(worst['name']), 60)}"
+    rise = max(worst["rises"])
+    words = f"at most {rise:+.3g} nats a token, {legible(str(worst['name']), 52)}"
+    if rise < 0:
+        words = f"nowhere worse than dense: {-rise:.3g} nats a token less, or more"
     axes.set_title(words, loc="right", fontsize=8.5, color=MUTED, parse_math=False)

@@ -35,6 +35,11 @@ def change(before: float, after: float) -> str:
     return f"{sign}{abs(percent):.1f} %"
 
 
+def against_dense(loss: float) -> str:
+    """Return how far a loss is above the dense model's, or below, which is better: ``0.12 above``, ``0.03 below``."""
+    return f"{number(abs(loss))} {'below' if loss < 0 else 'above'}"
+
+
 def times(ratio: float) -> str:
     """Return a ratio: ``3.41×``."""
     return f"{number(ratio)}×"

@@ -87,7 +87,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        name: getattr(formatting, name) for name in ("count", "number", "share", "size", "duration", "times")
+        name: getattr(formatting, name)
+        for name in ("count", "number", "share", "size", "duration", "times", "against_dense")
     }
     return environment
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,10 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from graphprune.report.schema import RecoveryRound
 from graphprune.report.svg import INK, LINE, MUTED, colours, drawing, legible, to_svg
+
+_LEGEND_COLUMNS, _MOST_TICKS = 5, 14
+_PANELS, _LEGEND_ROW = 3.1, 0.18
+"""Inches: all but the legend, and a row of it."""
 
 
 def recovery_picture(rounds: Sequence[RecoveryRound | Mapping[str, Any]]) -> str:
@@ -23,7 +28,9 @@ def recovery_picture(rounds: Sequence[RecoveryRound | Mapping[str, Any]]) -> str
     if not rows:
         return ""
     paint = colours(list(rows[0].degradation))
-    with drawing("recovery", width=10, height=3.3) as figure:
+    names = len(paint) + (len(paint) > 1)  # the mean's is one
+    height = _PANELS + _LEGEND_ROW * ceil(names / _LEGEND_COLUMNS)
+    with drawing("recovery", width=10, height=height) as figure:
         losses, mixes = figure.subplots(1, 2, width_ratios=[1.15, 1])
         _draw_losses(losses, rows, paint)
         _draw_mixes(mixes, rows, paint)
@@ -34,11 +41,17 @@ def recovery_picture(rounds: Sequence[RecoveryRound | Mapping[str, Any]]) -> str
             handles,
             labels,
             loc="lower center",
-            ncols=min(6, len(labels)),
+            ncols=min(_LEGEND_COLUMNS, len(labels)),
             handlelength=1.2,
             bbox_to_anchor=(0.5, 0),
         )
-        figure.subplots_adjust(left=0.06, right=0.985, top=0.88, bottom=0.26, wspace=0.14)
+        figure.subplots_adjust(
+            left=0.06,
+            right=0.985,
+            top=1 - 0.4 / height,
+            bottom=(height - _PANELS + 0.65) / height,
+            wspace=0.14,
+        )
         return to_svg(figure, name="recovery", description=f"Recovery on {', '.join(paint)}")
 
 
@@ -59,8 +72,10 @@ def _draw_losses(axes: Axes, rows: Sequence[RecoveryRound], paint: Mapping[str, 
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.grid(axis="y", linewidth=0.5, alpha=0.6)
     axes.set_xlim(-0.4, len(rows) - 0.6)
+    better = any(value < 0 for row in rows for value in row.degradation.values())
+    words = "nats per token; below 0: better" if better else "nats per token, held-out windows"
     axes.set_title("Loss above the dense model's", loc="left", fontsize=10, fontweight="bold")
-    axes.set_title("nats per token, held-out windows", loc="right", fontsize=8.5, color=MUTED)
+    axes.set_title(words, loc="right", fontsize=8.5, color=MUTED)
 
 
 def _draw_mixes(axes: Axes, rows: Sequence[RecoveryRound], paint: Mapping[str, str]) -> None:
@@ -76,8 +91,14 @@ def _draw_mixes(axes: Axes, rows: Sequence[RecoveryRound], paint: Mapping[str, s
 
 def _mark_phases(axes: Axes, rows: Sequence[RecoveryRound]) -> None:
     """Number the rounds, each phase from its own 0, and separate the phases."""
-    every = max(1, len(rows) // 20)
-    shown = [place for place, row in enumerate(rows) if place % every == 0 or row.number == 0]
+    every = ceil(len(rows) / _MOST_TICKS)
+    starts = [place for place, row in enumerate(rows) if row.number == 0]
+    shown = [
+        place
+        for place, row in enumerate(rows)
+        if place in starts
+        or (row.number % every == 0 and (every == 1 or all(abs(place - start) >= every for start in starts)))
+    ]
     axes.set_xticks(shown, [str(rows[place].number) if rows[place].number else "start" for place in shown])
     axes.tick_params(length=2.5)
     phases = list(dict.fromkeys(row.phase for row in rows))

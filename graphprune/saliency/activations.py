@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,21 @@ class InputMoments:
     def variance(self) -> Tensor:
         """The variance over tokens."""
         return (self.squares / self.count - (self.sums / self.count).square()).clamp_min(0)
+
+
+class Consumed(Protocol):
+    """A weight that reads units, wherever it is held."""
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where groups have units along its input."""
+
+    @property
+    def moments(self) -> InputMoments:
+        """Of what it reads."""
+
+    def column_sums(self, elements: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the sums (indices,) of a function of the weight over what each index is multiplied by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +135,7 @@ def _observed(evidence: Evidence, consumers: Iterable[Consumer]) -> dict[str, In
         if source not in moments:
             raise TrainingError(
                 f"what {consumer.parameter} reads cannot be observed: the module that owns it is not called",
-                "leave this kind out of prune.kinds",
+                "leave this kind out of kinds (recipe: prune.kinds)",
             )
     return moments
 

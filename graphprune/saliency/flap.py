@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from graphprune.saliency.activations import ConsumedWeight, consumed_weights
+from graphprune.saliency.activations import Consumed, consumed_weights
 from graphprune.saliency.registry import Evidence, saliency
 from graphprune.saliency.units import Place, total
 
@@ -22,16 +24,19 @@ def flap(evidence: Evidence) -> dict[str, Tensor]:
 
     Source: An et al. 2024, "Fluctuation-based Adaptive Structured Pruning" (arXiv 2312.11983), metric WIFV.
     """
+    return flap_scores(consumed_weights(evidence))
+
+
+def flap_scores(weights: Iterable[Consumed]) -> dict[str, Tensor]:
+    """Return the scores by group, from weights and the moments of what they read."""
     scores = total(
-        (place, _standardised(consumed, place))
-        for consumed in consumed_weights(evidence)
-        for place in consumed.places
+        (place, _standardised(consumed, place)) for consumed in weights for place in consumed.places
     )
     least = min(float(score.min()) for score in scores.values())
     return {name: score - least for name, score in scores.items()}
 
 
-def _standardised(consumed: ConsumedWeight, place: Place) -> Tensor:
+def _standardised(consumed: Consumed, place: Place) -> Tensor:
     """Return the mean standard score of the columns of each unit (units,)."""
     metric = consumed.moments.variance * consumed.column_sums(Tensor.square)
     columns = place.by_unit(metric.new_ones(metric.shape))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from graphprune.coupling.groups import NodeGroup, NodeGroups
 from graphprune.errors import TrainingError
 from graphprune.saliency.norms import normed_weights
+from graphprune.shrink.gated import GateHook
 
 StandIn = Callable[[Tensor], Tensor]
 """From an activation (…, axis) to what takes the place of its gated share, of the same shape."""
@@ -115,13 +116,13 @@ class Gates:
             if value.grad is None:
                 raise TrainingError(
                     f"the units of '{name}' cannot be gated: no module that reads them is called",
-                    "leave this kind out of prune.kinds",
+                    "leave this kind out of kinds (recipe: prune.kinds)",
                 )
             found[name] = value.grad
             value.grad = None
         return found
 
-    def _hook(self, consumer: Consumer) -> Any:
+    def _hook(self, consumer: Consumer) -> GateHook:
         def scale(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self._open:
                 return None
@@ -131,7 +132,7 @@ class Gates:
                 made = self._made[consumer.source] = (weakref.ref(source), self._gated(consumer, source))
             return (made[1], *rest)
 
-        return scale
+        return GateHook(scale)
 
     def _gated(self, consumer: Consumer, source: Tensor) -> Tensor:
         factor = self._factor(consumer.owners)
@@ -139,7 +140,7 @@ class Gates:
             raise TrainingError(
                 f"the module that owns {consumer.parameter} reads an input of shape {tuple(source.shape)}, "
                 f"and {factor.numel()} gates do not fit its axis {consumer.dim}",
-                "leave this kind out of prune.kinds",
+                "leave this kind out of kinds (recipe: prune.kinds)",
             )
         shape = [1] * source.dim()
         shape[consumer.dim] = -1
@@ -192,7 +193,7 @@ def _consumers(groups: NodeGroups, gated: Mapping[str, NodeGroup]) -> tuple[Cons
         if not group.consumers:
             raise TrainingError(
                 f"no operator consumes the units of '{name}', so they have no contribution to gate",
-                "leave this kind out of prune.kinds",
+                "leave this kind out of kinds (recipe: prune.kinds)",
             )
         for member in group.consumers:
             owner = torch.from_numpy(group.owner(member))
@@ -203,7 +204,8 @@ def _consumers(groups: NodeGroups, gated: Mapping[str, NodeGroup]) -> tuple[Cons
             raise TrainingError(
                 f"{parameter} is rescaled by a norm of itself ({normed[parameter]}), which removing units changes and "
                 "closing their gates does not",
-                "attach plain LoRA adapters there instead of DoRA, or leave this kind out of prune.kinds",
+                "attach plain LoRA adapters there instead of DoRA, or leave this kind out of kinds "
+                "(recipe: prune.kinds)",
             )
     return tuple(
         Consumer(parameter, axis, *places[parameter], owner) for (parameter, axis), owner in owners.items()

@@ -29,7 +29,9 @@ def losses(evidence: Evidence) -> Iterator[Tensor]:
         seen += 1
         yield loss
     if not seen:
-        raise TrainingError("the calibration set is empty", "raise prune.calibration_windows")
+        raise TrainingError(
+            "the calibration set is empty", "give at least one batch (recipe: prune.calibration_windows)"
+        )
 
 
 def gate_gradients(evidence: Evidence) -> Iterator[dict[str, Tensor]]:

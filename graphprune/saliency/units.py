@@ -67,7 +67,7 @@ def adapted_members(model: nn.Module, groups: NodeGroups, names: Iterable[str]) 
         if not adapted:
             raise TrainingError(
                 f"none of the weights of '{group.name}' carries a low-rank adapter, whose gradient this saliency needs",
-                "attach adapters to them, leave this kind out of prune.kinds, or use fisher or taylor",
+                "attach adapters to them, leave this kind out of kinds (recipe: prune.kinds), or use fisher or taylor",
             )
         for member in adapted:
             by_input = member.axis == weights[member.parameter].input_axis

@@ -66,7 +66,7 @@ def config_with_biases(kind: Any, config: Any, wanted: Collection[str]) -> Any:
         raise ShrinkError(
             f"{kind.__name__} has no place for {left[0]}{f' and {len(left) - 1} more' if len(left) > 1 else ''}: no "
             f"switch of {type(config).__name__} gives that layer a bias{without}",
-            "set prune.repair to least_squares, which changes no shape",
+            "repair by least squares, which changes no shape (recipe: prune.repair)",
         )
     return changed
 
@@ -97,5 +97,5 @@ def _names(kind: Any, config: Any, *switches: str) -> set[str]:
         how = f" with {', '.join(switches)}" if switches else ""
         raise ShrinkError(
             f"{kind.__name__} cannot be built{how} from its configuration: {error}",
-            "set prune.repair to least_squares, which changes no shape",
+            "repair by least squares, which changes no shape (recipe: prune.repair)",
         ) from error

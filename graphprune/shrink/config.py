@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graphprune.coupling.groups import NodeGroups
-from graphprune.errors import ShrinkError
+from graphprune.errors import RefusedWidthsError, ShrinkError
 from graphprune.shrink.plan import Plan
 
 Change = tuple[str, int, int]
@@ -34,8 +34,8 @@ def fit_config(config: Any, model: nn.Module, groups: NodeGroups, plan: Plan) ->
         plan: What was removed: the same number of units from all groups of a kind and size.
 
     Raises:
-        ShrinkError: If no choice of fields does it, as when layers have different widths, or the stock class refuses
-            the one that does.
+        RefusedWidthsError: If the stock class refuses the choice of fields that does it.
+        ShrinkError: If none does, as when layers have different widths.
     """
     wanted = _shapes(model)
     buffers = _buffers(model)
@@ -56,7 +56,8 @@ def fit_config(config: Any, model: nn.Module, groups: NodeGroups, plan: Plan) ->
         return _valid(fitting)
     raise ShrinkError(
         f"no setting of {type(config).__name__} describes the smaller model",
-        "prune the same number of units from every layer (uniform layout)",
+        "prune the same number of units from every layer, or other kinds; any layout per layer is opened by "
+        "graphprune.load (recipe: prune.layout)",
     )
 
 
@@ -65,9 +66,10 @@ def _valid(config: Any) -> Any:
     try:
         config.validate()
     except Exception as error:  # huggingface_hub wraps what the class's own checks raise
-        raise ShrinkError(
+        raise RefusedWidthsError(
             f"stock {type(config).__name__} refuses the smaller model's widths: {' '.join(str(error).split())}",
-            "choose the widths of that kind by prune.width_multiple, or another share",
+            "choose the widths of that kind by width_multiple, or another share to remove; any layout per layer is "
+            "opened by graphprune.load (recipe: prune.width_multiple, prune.remove, prune.layout)",
         ) from error
     return config
 

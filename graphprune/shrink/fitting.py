@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import CouplingError, ShrinkError
+from graphprune.shrink.gated import is_gated
 from graphprune.shrink.plan import Plan
 from graphprune.shrink.weights import named_weights
 
@@ -33,6 +34,11 @@ def check_model(model: object, groups: NodeGroups) -> None:
     Raises:
         CouplingError: If it is no model, or another one.
     """
+    if not isinstance(groups.graph.program, ExportedProgram):
+        from graphprune.shrink.onnx import fitting_model
+
+        fitting_model(model, groups)
+        return
     if not isinstance(model, (nn.Module, ExportedProgram)):
         raise CouplingError(
             f"a {type(model).__name__} is not the model that these groups were read off",
@@ -49,22 +55,20 @@ def check_model(model: object, groups: NodeGroups) -> None:
             )
 
 
-def fitting_plan(
-    plan: Plan | Mapping[str, Any], model: nn.Module | ExportedProgram, groups: NodeGroups
-) -> Plan:
+def fitting_plan(plan: Plan | Mapping[str, Any], model: object, groups: NodeGroups) -> Plan:
     """Return a plan that may be applied to a model; units by group name, as a dict, are a plan too.
 
     Raises:
         CouplingError: If the groups are of another model.
-        ShrinkError: If the plan does not fit, or the groups are those of a file.
+        ShrinkError: If the plan does not fit, or gates stand on the model.
     """
     check_groups(groups)
-    if not isinstance(groups.graph.program, ExportedProgram):
-        raise ShrinkError(
-            "the node groups are those of an ONNX file, which cannot be cut yet",
-            "trace the torch model that it was exported from, shrink that, and export the result",
-        )
     check_model(model, groups)
+    if isinstance(model, nn.Module) and is_gated(model):
+        raise ShrinkError(
+            "the model still has the gates of its pruning on it, which are no part of it",
+            "call close() on the optimizer first (its plan stays), then shrink",
+        )
     if not isinstance(plan, Mapping):
         raise ShrinkError(
             f"a {type(plan).__name__} is not a plan", "give Plan({group name: [numbers of units]})"

@@ -61,7 +61,7 @@ class Difference(BaseModel):
         if unsaved:
             raise ShrinkError(
                 f"'{unsaved[0]}' is computed from the configuration, and is otherwise in this model",
-                "prune kinds of groups that do not reach it: leave this one out of prune.kinds",
+                "prune kinds of groups that do not reach it: leave this one out of kinds (recipe: prune.kinds)",
             )
         modules = dict(stock.named_modules())
         attributes = {

@@ -34,7 +34,7 @@ def select_weight(name: str, tensor: Tensor, groups: NodeGroups, kept: Mapping[s
         groups: The node groups.
         kept: Units that stay, in their new order, by group name.
     """
-    for axis, indices in _changed_axes(name, groups, kept).items():
+    for axis, indices in changed_axes(name, groups, kept).items():
         tensor = tensor.index_select(axis, torch.as_tensor(indices, device=tensor.device))
     return tensor
 
@@ -51,7 +51,7 @@ def zero_weight(
         kept: Units that stay, by group name.
         almost: What to multiply with instead of zero, where a quotient of two zeros would be no number.
     """
-    for axis, gone in _removed_indices(name, groups, kept).items():
+    for axis, gone in removed_indices(name, groups, kept).items():
         places = torch.as_tensor(gone, device=tensor.device)
         rest = tensor.index_select(axis, places) * almost
         tensor = tensor.index_copy(axis, places, rest.to(tensor.dtype))
@@ -77,7 +77,7 @@ def agreed_selections(groups: NodeGroups, kept: Mapping[str, Indices]) -> dict[t
     }
 
 
-def _removed_indices(name: str, groups: NodeGroups, kept: Mapping[str, Indices]) -> dict[int, Indices]:
+def removed_indices(name: str, groups: NodeGroups, kept: Mapping[str, Indices]) -> dict[int, Indices]:
     """Return the indices that removed units own of each axis of a weight."""
     canonical, gone = groups.graph.tied.get(name, name), dict[int, Indices]()
     for group_name, units in kept.items():
@@ -90,7 +90,8 @@ def _removed_indices(name: str, groups: NodeGroups, kept: Mapping[str, Indices])
     return gone
 
 
-def _changed_axes(name: str, groups: NodeGroups, kept: Mapping[str, Indices]) -> dict[int, Indices]:
+def changed_axes(name: str, groups: NodeGroups, kept: Mapping[str, Indices]) -> dict[int, Indices]:
+    """Return the indices that stay of each axis of a weight in which some group keeps or orders its units."""
     axes: list[Layout] = groups.axes(groups.graph.tied.get(name, name)) or []
     selection = groups.selection(kept)
     return {

@@ -87,7 +87,7 @@ def cut_exchanges(exchanges: Sequence[Exchange], tokenizer: Any, *, window: int,
             labels.append([IGNORED] * len(context) + ids[len(context) :] + [IGNORED] * rest)
     if not rows:
         raise SourceError(
-            f"no response in '{name}' begins within {window} tokens", "raise data.window in the recipe"
+            f"no response in '{name}' begins within {window} tokens", "raise window (recipe: data.window)"
         )
     return Windows(torch.tensor(rows, dtype=torch.int64), name, torch.tensor(labels, dtype=torch.int64))
 

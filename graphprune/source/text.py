@@ -152,7 +152,7 @@ def cut_windows(
     if count < 1:
         raise SourceError(
             f"'{name}' is too short: {len(ids)} tokens, and one window takes {step}",
-            "give more text, or a smaller window in the recipe",
+            "give more text, or a smaller window (recipe: data.window, data.evaluate_window)",
         )
     rows = [[*prefix, *ids[i * step : (i + 1) * step]] for i in range(count)]
     return Windows(torch.tensor(rows, dtype=torch.int64), name)
@@ -209,10 +209,13 @@ def _record(line: str, field: str, path: Path, number: int) -> str:
         text = json.loads(line)[field]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise SourceError(
-            f"{path}:{number} is not a record with field '{field}': {error!r}", "name the field in the recipe"
+            f"{path}:{number} is not a record with field '{field}': {error!r}",
+            "name the field (recipe: data.field)",
         ) from error
     if not isinstance(text, str):
-        raise SourceError(f"{path}:{number}: field '{field}' is not text", "name the field in the recipe")
+        raise SourceError(
+            f"{path}:{number}: field '{field}' is not text", "name the field (recipe: data.field)"
+        )
     return text
 
 

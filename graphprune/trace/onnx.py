@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnx import AttributeProto, defs, helper
+from onnx_ir.passes import PreconditionError
 from onnx_ir.passes.common import InlinePass
 
 from graphprune.errors import TraceError
 from graphprune.trace.graph import Argument, Operator, OperatorGraph, Role, Value
 from graphprune.trace.onnx_contrib import ContribSchema
+from graphprune.trace.onnx_reading import check_order, read_onnx
 from graphprune.trace.onnx_roles import role_of
 from graphprune.trace.onnx_sequences import without_sequences
 from graphprune.trace.onnx_shapes import ShapeInference, fitted
@@ -45,32 +46,40 @@ def trace_onnx(model: str | Path | ir.Model, sizes: Mapping[str, int] | None = N
         The operator graph, parameters under the names that the file gives them. It keeps the `onnx_ir.Model`.
 
     Raises:
-        TraceError: If there is no such file, it is no ONNX model, or `sizes` names an unknown symbol.
+        TraceError: If there is no such file, it is no ONNX model, one that contradicts itself, or `sizes` names an
+            unknown symbol.
     """
-    opened = without_sequences(_inlined(model if isinstance(model, ir.Model) else _read(Path(model))))
+    opened = open_onnx(model)
     chosen = example_sizes(opened, dict(sizes or {}))
     shapes = fitted(opened, chosen)
     return _Lowering(opened, shapes, fitted(opened, chosen.others())).graph()
 
 
-def _read(path: Path) -> ir.Model:
-    if not path.is_file():
-        raise TraceError(f"there is no file '{path}'", "give the path of a .onnx file")
-    try:
-        model = ir.load(path)
-    except (DecodeError, ValueError, TypeError, AttributeError) as error:
-        raise TraceError(
-            f"'{path}' is not an ONNX model: {str(error).splitlines()[0]}", "give the path of a .onnx file"
-        ) from error
-    if not model.opset_imports:
-        raise TraceError(f"'{path}' is not an ONNX model: it names no operator set", "export it again")
-    return model
+def open_onnx(model: str | Path | ir.Model) -> ir.Model:
+    """Return a model as it is traced: model-local functions inlined, splits without sequences.
+
+    Args:
+        model: A path, or a model in memory, which is not changed.
+
+    Raises:
+        TraceError: If there is no such file, it is no ONNX model, or one that contradicts itself.
+    """
+    opened = model if isinstance(model, ir.Model) else read_onnx(Path(model))
+    check_order(opened)
+    return without_sequences(_inlined(opened))
 
 
 def _inlined(model: ir.Model) -> ir.Model:
     if not model.functions:
         return model
-    return InlinePass()(model.clone()).model
+    try:
+        return InlinePass()(model.clone()).model
+    except (PreconditionError, ValueError, RuntimeError) as error:
+        cause = error.__cause__ or error
+        raise TraceError(
+            f"the functions of the model cannot be inlined: {str(cause).splitlines()[0]}",
+            "a function may not call itself: export the model again",
+        ) from error
 
 
 def named_nodes(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
@@ -169,23 +178,26 @@ class _Lowering:
 
     def _captured(self, node: ir.Node) -> Iterator[Value]:
         """Yield the values of the graph that a node's subgraphs read."""
-        subgraphs = [
-            graph
-            for attribute in node.attributes.values()
-            if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-            for graph in (
-                attribute.value if isinstance(attribute.value, (list, tuple)) else [attribute.value]
-            )
-        ]
-        read = dict.fromkeys(
-            value
-            for graph in subgraphs
-            for value in (
-                *(value for inner in ir.traversal.RecursiveGraphIterator(graph) for value in inner.inputs),
-                *graph.outputs,
-            )
+        yield from (self._values[value] for value in subgraph_values(node) if value in self._values)
+
+
+def subgraph_values(node: ir.Node) -> Iterator[ir.Value]:
+    """Yield each value that a node's subgraphs read, their own included."""
+    subgraphs = [
+        graph
+        for attribute in node.attributes.values()
+        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+        for graph in (attribute.value if isinstance(attribute.value, (list, tuple)) else [attribute.value])
+    ]
+    read = dict.fromkeys(
+        value
+        for graph in subgraphs
+        for value in (
+            *(value for inner in ir.traversal.RecursiveGraphIterator(graph) for value in inner.inputs),
+            *graph.outputs,
         )
-        yield from (self._values[value] for value in read if value is not None and value in self._values)
+    )
+    yield from (value for value in read if value is not None)
 
 
 def _named(

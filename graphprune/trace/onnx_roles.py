@@ -75,12 +75,19 @@ def _is_worked_out(node: ir.Node, position: int) -> bool:
 
 def _becomes(value: ir.Value, passing: set[str], end: Reading) -> bool:
     """Whether all that is made of a value, through operators that pass it on, is read by an operator of `end`."""
-    uses = list(_uses(value))
-    return bool(uses) and all(
-        end(node, position)
-        or (node.op_type in passing and all(_becomes(output, passing, end) for output in node.outputs))
-        for node, position in uses
-    )
+    pending, seen = [value], {value}
+    while pending:
+        uses = list(_uses(pending.pop()))
+        if not uses:
+            return False
+        for node, position in uses:
+            if end(node, position):
+                continue
+            if node.op_type not in passing:
+                return False
+            pending += [output for output in node.outputs if output not in seen]
+            seen.update(node.outputs)
+    return True
 
 
 def _uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:

@@ -24,6 +24,15 @@ from graphprune.trace.onnx_sizes import ExampleSizes
 _LARGEST = 1 << 16
 # For sizes that depend on the inputs' numbers: each another, so that no two fit each other by chance.
 _FIRST_STAND_IN = 1009
+# What shape inference raises where a node's operands or attributes are not those of its operator.
+_DO_NOT_FIT = (
+    shape_inference.InferenceError,
+    onnx.checker.ValidationError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+)
 # Whose result has the first operand's shape, which onnx itself can tell of a whole model only.
 _ELEMENTWISE = {"GroupNormalization", "MeanVarianceNormalization"}
 
@@ -89,13 +98,16 @@ class ShapeInference:
 
     def run(self) -> None:
         """Find out what is known of all values."""
-        graph = self._model.graph
-        for value in graph.inputs:
+        self.start()
+        for node in self._model.graph:
+            self.infer(node)
+
+    def start(self) -> None:
+        """Find out what is known of inputs and initializers."""
+        for value in self._model.graph.inputs:
             self.known[value] = self._declared(value) or _UNKNOWN
-        for value in graph.initializers.values():
-            self.known[value] = _of_tensor(value)
-        for node in graph:
-            self._infer(node)
+        for value in self._model.graph.initializers.values():
+            self.known[value] = known_of_tensor(value)
 
     def is_certain(self, node: ir.Node) -> bool:
         """Whether the shapes of a node's results follow from those of its operands."""
@@ -112,10 +124,10 @@ class ShapeInference:
                 stacklevel=2,
             )
 
-    def _infer(self, node: ir.Node) -> None:
-        """Find out what is known of a node's results."""
+    def infer(self, node: ir.Node) -> None:
+        """Find out what is known of a node's results from what is known of its operands."""
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
-            self.known[node.outputs[0]] = _of_tensor(node.outputs[0])
+            self.known[node.outputs[0]] = known_of_tensor(node.outputs[0])
             return
         operands = [None if value is None else self.known.get(value, _UNKNOWN) for value in node.inputs]
         results: Sequence[Known | None] | None = None
@@ -179,7 +191,7 @@ class ShapeInference:
             if schema.name in _ELEMENTWISE:
                 return [operands[0] and replace(operands[0], content=None)]
             return self._by_onnx(schema, node, operands)
-        except (shape_inference.InferenceError, RuntimeError, ValueError, LookupError, ArithmeticError):
+        except _DO_NOT_FIT:
             # Operands that do not fit: the sizes are wrong, or the file is. The operator is left opaque.
             self.conflict = self.conflict or _conflict(node, operands)
             return None
@@ -210,7 +222,7 @@ class ShapeInference:
         return Known(shape, ir.DataType(found.tensor_type.elem_type), certain=certain)
 
 
-def _of_tensor(value: ir.Value) -> Known:
+def known_of_tensor(value: ir.Value) -> Known:
     """Return what is known of an initializer or of a Constant node's result."""
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None:
@@ -237,7 +249,7 @@ def numbers_of(name: str, tensor: ir.TensorProtocol) -> NDArray[Any]:
         tensor: Maybe in a file beside the model.
 
     Raises:
-        TraceError: If that file cannot be read.
+        TraceError: If that file cannot be read, or the numbers are not as many as its shape says.
     """
     try:
         return tensor.numpy()
@@ -245,6 +257,11 @@ def numbers_of(name: str, tensor: ir.TensorProtocol) -> NDArray[Any]:
         raise TraceError(
             f"the numbers of '{name}' lie in a file that cannot be read: {error}",
             "keep the model's external data beside its .onnx file",
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise TraceError(
+            f"the numbers of '{name}' are not those of its shape: {str(error).splitlines()[0]}",
+            "the file is damaged: export the model again",
         ) from error
 
 

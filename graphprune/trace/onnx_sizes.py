@@ -17,6 +17,7 @@ import onnx_ir as ir
 from graphprune.errors import TraceError
 
 _SMALLEST = 11
+_LONGEST = 256  # characters of an expression of symbols; anything longer is taken as one
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,29 @@ def example_sizes(model: ir.Model, given: Mapping[str, int]) -> ExampleSizes:
     )
 
 
+def sizes_of_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> ExampleSizes:
+    """Return the sizes at which a model's inputs have known shapes.
+
+    Args:
+        model: The model.
+        shapes: By input; of the symbols that stand in expressions alone, any size will do.
+    """
+    chosen = example_sizes(model, {})
+    values = dict(chosen.values)
+    for value in model.graph.inputs:
+        for axis, (dim, size) in enumerate(zip(value.shape or (), shapes.get(value.name or "", ()))):
+            symbol = f"{value.name}:{axis}" if isinstance(dim, int) or dim.value is None else dim.value
+            if symbol in values:
+                values[symbol] = size
+    return replace(chosen, values=values)
+
+
 def symbols_of(dim: ir.SymbolicDim, unnamed: str) -> frozenset[str]:
     """Return the symbols in a dimension's expression; a text that is no expression is one symbol."""
     if dim.value is None:
         return frozenset({unnamed})
+    if len(dim.value) > _LONGEST:
+        return frozenset({dim.value})
     try:
         return dim.free_symbols()
     except ValueError:

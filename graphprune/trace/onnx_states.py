@@ -40,7 +40,12 @@ def _given_to(node: ir.Node, output: ir.Value) -> ir.Value | None:
 def _appended(node: ir.Node, output: ir.Value) -> ir.Value | None:
     """Return the cache that a concatenation appends to: of open length, read by it alone, its result read further."""
     past, axis = node.inputs[0], node.attributes.get_int("axis", 0)
-    if past is None or past.shape is None or not output.uses() or len(past.uses()) != 1:
+    if past is None or past.shape is None or not output.uses() or not _is_read_by(node, past):
         return None
     is_open = -len(past.shape) <= axis < len(past.shape) and not isinstance(past.shape[axis], int)
     return past if is_open and not past.is_graph_output() else None
+
+
+def _is_read_by(node: ir.Node, past: ir.Value) -> bool:
+    """Whether nothing but a node reads the numbers of a cache; its sizes may be read elsewhere."""
+    return all(use.node is node or use.node.op_type in ("Shape", "Size") for use in past.uses())

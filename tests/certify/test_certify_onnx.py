@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from onnx_models import GraphBuilder, genai_decoder
+from onnx_networks import NETWORKS
+from onnx_reference import example_inputs
 
 from graphprune.certify.certificate import certify
 from graphprune.certify.onnx import permutation_error
 from graphprune.coupling import analysis
 from graphprune.coupling.groups import node_groups
-from graphprune.errors import CouplingError, InputsError, ShrinkError
-from graphprune.shrink.model import shrink
-from graphprune.shrink.plan import Plan
+from graphprune.errors import CouplingError, InputsError, VerificationError
 from graphprune.trace.onnx import trace_onnx
 
 
@@ -84,9 +87,65 @@ def test_inputs_of_a_file_that_are_missing_or_unknown_are_named():
         certify(None, groups, {**decoder_inputs(), "input_ids": np.zeros((1, 7))})
 
 
-def test_a_file_cannot_be_cut_yet():
-    model = genai_decoder()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_removal_is_compared_with_zeroing(name):
+    groups = node_groups(trace_onnx(NETWORKS[name]()))
+    certificate = certify(None, groups, example_inputs(groups.graph))
+    certificate.raise_if_failed()
+    assert certificate.pruned_groups == len(groups.prunable())
+    assert certificate.removed_effect > 1e-3
+
+
+def test_groups_that_a_kernel_takes_whole_only_are_not_removed_for_the_check():
+    groups = node_groups(trace_onnx(genai_decoder()))
+    certificate = certify(None, groups, decoder_inputs())
+    widths = [group for group in groups.prunable() if group.kind == "head_dim"]
+    assert certificate.pruned_groups == len(groups.prunable()) - len(widths)
+    assert certificate.ok
+
+
+@pytest.mark.parametrize("target", FORGETFUL)
+def test_a_rule_that_forgets_a_demand_fails_by_removal_too(target, monkeypatch):
+    real = analysis.rule_for
+    monkeypatch.setattr(
+        analysis, "rule_for", lambda name: FORGETFUL[target] if name == target else real(name)
+    )
+    groups = node_groups(trace_onnx(genai_decoder()))
+    certificate = certify(None, groups, decoder_inputs())
+    assert not certificate.removed_max_error <= certificate.tolerance
+    with pytest.raises(VerificationError, match="removal differs from zeroing"):
+        certificate.raise_if_failed()
+
+
+def test_members_that_are_not_zeroed_are_caught():
+    """A group that names only half of what it reaches is cut right, and does not do what zeroing its members does."""
+    groups = node_groups(trace_onnx(NETWORKS["packed_projections"]()))
+    (group, *_) = groups.prunable()
+    groups._groups[group.name] = replace(group, members=group.consumers[:0])
+    certificate = certify(None, groups, example_inputs(groups.graph))
+    assert group.name in certificate.failures
+    assert certificate.removed_max_error > 1e-3
+
+
+def test_weights_may_be_those_of_another_file_of_the_same_graph():
+    groups = node_groups(trace_onnx(NETWORKS["packed_projections"]()))
+    inputs, other = example_inputs(groups.graph), NETWORKS["packed_projections"]()
+    for value in other.graph.initializers.values():
+        if value.dtype == ir.DataType.FLOAT:
+            value.const_value = ir.tensor(value.const_value.numpy() + 1, name=value.name)
+    here, there = certify(None, groups, inputs), certify(other, groups, inputs)
+    assert here.ok
+    assert there.ok
+    assert here.removed_effect != there.removed_effect
+
+
+def test_a_model_that_onnxruntime_refuses_is_an_error_of_ours():
+    build = GraphBuilder()
+    wide = build.node("MatMul", "x", build.weight("up", 6, 8))
+    strange = build.node("Neg", build.node("Mystery", "x", domain="acme"))
+    model = build.model(
+        {"x": ("FLOAT", (2, 6))}, [build.node("MatMul", wide, build.weight("down", 8, 3)), strange]
+    )
     groups = node_groups(trace_onnx(model))
-    (name, *_) = [group.name for group in groups.prunable()]
-    with pytest.raises(ShrinkError, match=r"an ONNX file, which cannot be cut yet\n.*trace the torch model"):
-        shrink(model, groups, Plan({name: [0]}))
+    with pytest.raises(VerificationError, match=r"onnxruntime cannot run the model: .*Mystery"):
+        certify(None, groups, {"x": np.ones((2, 6), np.float32)})

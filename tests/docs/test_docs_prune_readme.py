@@ -13,7 +13,7 @@ from lhspg_bench import IDS, adapted_llama, llama_groups
 from graphprune.prune.budget import Budget
 from graphprune.prune.methods import registry
 from graphprune.recipe import Prune
-from graphprune.saliency.registry import saliency_named
+from graphprune.saliency.registry import registered_saliencies, saliency_named
 from graphprune.source.model import example_inputs
 from graphprune.source.text import Windows
 
@@ -34,6 +34,16 @@ def test_published_methods_are_settings_that_exist():
         (name,), (repair_name,) = (re.findall(r"`(\w+)`", cell) for cell in (method, repair))
         registry.method_named(name)
         assert Prune(method=name, repair=repair_name).repair == repair_name
+
+
+def test_the_saliencies_are_those_that_are_registered_with_a_line_each():
+    table = README.split("| `saliency` |")[2].split("\n\n")[0]
+    rows = [row.strip("|").split(" | ") for row in table.splitlines()[2:]]
+    names = [re.findall(r"`(\w+)`", name)[0] for name, _ in rows]
+    assert sorted(names) == list(registered_saliencies())
+    assert all(len(words.strip()) > 5 for _, words in rows)
+    default = Prune.model_fields["saliency"].default
+    assert [name for name, _ in rows if "default" in name] == [f" `{default}` (default)"]
 
 
 def test_settings_that_methods_are_said_to_have_are_keys_of_the_recipe():

@@ -66,7 +66,7 @@ def test_a_profile_that_does_not_exist_is_refused_before_anything_is_traced(tmp_
 
 @pytest.mark.parametrize("adapters", ["constant", "merged"])
 def test_adapters_that_nobody_can_override(adapters: Adapters, tmp_path: Path) -> None:
-    """Joined beside stacked weights of unlike widths, some without adapters; or added to dense weights."""
+    """Constants beside packed weights, one of which has none; or added to dense weights."""
     model = tiny_uneven_qwen2()
     quant.loftq_model(model, quant.LoftQConfig(format="uint4", block_size=32, rank=3, iterations=1))
     model = randomize(model, seed=6)

@@ -181,7 +181,7 @@ def test_the_order_of_the_stages_is_the_recipes(mixed, bench):
 
 
 def test_a_folder_of_another_recipe_is_refused(mixed, tmp_path):
-    manifest = {"schema": "graphprune.run/1", "stages": {}, "measured": {}, "fingerprint": "another"}
+    manifest = {"schema": "graphprune.run/2", "stages": {}, "measured": {}, "fingerprint": "another"}
     (tmp_path / "run.json").write_text(json.dumps(manifest))
     with pytest.raises(RunFolderError, match="another recipe"):
         run_until("reload", mixed(), tmp_path, SILENT)

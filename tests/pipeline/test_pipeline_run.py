@@ -12,7 +12,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from graphprune.errors import BudgetError, GraphPruneError, RecipeError, RunFolderError, SourceError
+from graphprune.errors import (
+    BudgetError,
+    GraphPruneError,
+    RecipeError,
+    RunFolderError,
+    SourceError,
+    TrainingError,
+)
 from graphprune.pipeline import run as module
 from graphprune.pipeline.progress import Reporter
 from graphprune.pipeline.run import STAGES, run
@@ -368,3 +375,16 @@ def test_a_budget_that_is_not_there_is_named_before_anything_is_opened(bench, tm
     recipe = bench.with_recipe(budget=("  remove: 0.2", "  remove: 0.2\n  budget: flops"))
     with pytest.raises(RecipeError, match=r"prune\.budget: there is no cost 'flops'"):
         run(recipe, tmp_path / "RUN", SILENT)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_one_of_several_processes_is_told_what_works_and_touches_nothing(bench, tmp_path, monkeypatch, name):
+    """As torchrun, ``accelerate launch`` or mpirun start it; the first process is none the better."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(TrainingError, match=r"one process, and this is one of 2[^→]*\n.*without accelerate"):
+        run(bench.recipe, tmp_path / "RUN", SILENT)
+    assert not (tmp_path / "RUN").exists()
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        run(tmp_path / "none.yaml", tmp_path / "RUN", SILENT)

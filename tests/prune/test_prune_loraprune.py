@@ -245,6 +245,18 @@ def test_a_gradient_that_is_no_number_changes_nothing():
     assert bench.optimizer.counts["zeroed"] == 0
 
 
+def test_a_closure_is_called_and_its_loss_returned():
+    by_closure, by_hand = LoRABench(), LoRABench()
+
+    def closure():
+        by_closure.backward()
+        return by_closure.loss(IDS)
+
+    assert float(by_closure.optimizer.step(closure).detach()) == float(by_hand.loss(IDS).detach())
+    by_hand.steps(1)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(by_closure.adapters, by_hand.adapters))
+
+
 def test_exempt_groups_stay_whole_and_the_others_make_up_for_them():
     first = [name for name in units_of(llama_groups()) if "layers.0" in name]
     plans = []

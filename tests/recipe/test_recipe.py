@@ -31,12 +31,6 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path):
     recipe = load_recipe(EXAMPLES / "demo.yaml")
     again = load_recipe(written(tmp_path, dump_recipe(recipe)))
     assert again == recipe
-    assert again.digest == recipe.digest
-
-
-def test_any_change_changes_the_digest(tmp_path):
-    recipe = load_recipe(EXAMPLES / "demo.yaml")
-    assert load_recipe(EXAMPLES / "demo.yaml", {"prune.remove": 0.25}).digest != recipe.digest
 
 
 def test_numbers_are_read_as_yaml_1_2_has_them(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -91,3 +92,55 @@ def test_perplexities_stand_in_the_order_of_the_stages(data: dict[str, Any]) -> 
 def test_rounds_that_cannot_be_are_refused(data: dict[str, Any], change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Report.model_validate(data | {"recovery": [ROUNDS[0] | change]})
+
+
+def many(sources: int, rounds: int, least: float) -> str:
+    """Draw sources with long names over rounds of two phases."""
+    names = [f"source number {place:02}, long" for place in range(sources)]
+    rows = []
+    for phase in ("text", "instruct"):
+        for number in range(rounds):
+            degradation = {name: least + place / 10 for place, name in enumerate(names)}
+            losses = {name: 3 + value for name, value in degradation.items()}
+            mix = dict.fromkeys(names, 1 / sources) if number else {}
+            rows.append(row(phase, number, mix) | {"losses": losses, "degradation": degradation, "mix": mix})
+    return recovery_picture(rows)
+
+
+def places(picture: str) -> list[tuple[str, float, float]]:
+    """Return the texts of a picture with where they stand, in points."""
+    found = []
+    for node in ET.fromstring(picture).iter(f"{SVG}text"):
+        x, y = (node.get("x"), node.get("y"))
+        if x is None:
+            x, y = re.findall(r"translate\(([\d.]+) ([\d.]+)\)", node.get("transform", ""))[0]
+        found.append(("".join(node.itertext()), float(x), float(y)))
+    return found
+
+
+@pytest.mark.parametrize("sources", [1, 4, 13])
+def test_the_legend_stands_below_the_axes_and_within_the_picture(sources: int) -> None:
+    picture = many(sources, 3, 0.1)
+    shown = places(picture)
+    lowest = max(y for text, _, y in shown if text.startswith("round"))
+    legend = [y for text, _, y in shown if text.startswith("source number") or text == "mean"]
+    assert len(legend) == sources + (sources > 1)
+    height = float(re.findall(r'viewBox="0 0 [\d.]+ ([\d.]+)"', picture)[0])
+    assert lowest + 10 < min(legend) <= max(legend) < height
+
+
+def test_rounds_have_room_for_their_numbers() -> None:
+    shown = places(many(2, 14, 0.1))
+    ticks = sorted(x for text, x, _ in shown if text == "start" or text.isdigit())
+    assert len(ticks) >= 8
+    assert min(after - before for before, after in pairwise(ticks)) > 15
+
+
+def test_what_is_better_than_the_dense_model_is_called_so(data: dict[str, Any]) -> None:
+    assert "nats per token; below 0: better" in texts(many(2, 3, -0.2))
+    assert "nats per token, held-out windows" in texts(many(2, 3, 0.2))
+    rows = [row("text", 0, {}), row("text", 1, {"books": 1.0})]
+    rows[1]["degradation"] = {"books": -0.03, "<wiki>": 0.25, "asked": 0.1}
+    page = render_report(Report.model_validate(data | {"recovery": rows}), {"recovery": "<svg/>"})
+    assert ">0.03 below</data>" in page
+    assert ">0.25 above</data>" in page

@@ -308,6 +308,15 @@ def test_a_cache_is_a_state_and_a_model_output_like_it_is_not():
     assert graph.states == (("past", key),)
 
 
+def test_a_cache_whose_length_is_read_elsewhere_is_a_state():
+    build = GraphBuilder()
+    key = build.node("Concat", "past", "x", axis=1)
+    length = build.node("Gather", build.node("Shape", "past"), build.constant("one", np.array([1])))
+    scores = build.node("MatMul", "x", build.node("Transpose", key, perm=[0, 2, 1]))
+    inputs = {name: ("FLOAT", ("batch", name, 6)) for name in ("past", "x")}
+    assert trace_onnx(build.model(inputs, [scores, key, length])).states == (("past", key),)
+
+
 def test_genai_caches_are_states():
     graph = trace_onnx(genai_decoder())
     assert [past for past, _ in graph.states] == [

@@ -24,9 +24,6 @@ def stored_codes(writer: GraphWriter, weight: PackedMatrix, shift: int, *, low_f
         shift: What is added to every code; for 3-bit codes 4, or 5 if none is 7.
         low_first: Whether a byte's first code lies in its lowest bits.
     """
-    if weight.parts:
-        each = [stored_codes(writer, part, shift, low_first=low_first) for part in weight.parts]
-        return writer.node("Concat", each, axis=0)
     if weight.stored_bits != 3:
         return writer.initializer(
             f"{weight.name}.codes", lambda: pack(_shifted(weight, shift), weight.bits, low_first=low_first)

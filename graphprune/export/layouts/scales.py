@@ -13,15 +13,11 @@ from quant.scales import DOUBLE_BLOCK, Scales, dynamic_levels
 
 def flat_absmax(writer: GraphWriter, weight: PackedMatrix) -> ir.Value:
     """Add what computes absmax, float32 (blocks,)."""
-    if weight.parts:
-        return writer.node("Concat", [flat_absmax(writer, part) for part in weight.parts], axis=0)
     return _flat(writer, f"{weight.name}.absmax", weight.scales)
 
 
 def flat_offsets(writer: GraphWriter, weight: PackedMatrix) -> ir.Value:
     """Add what computes the offsets of an affine weight, float32 (blocks,)."""
-    if weight.parts:
-        return writer.node("Concat", [flat_offsets(writer, part) for part in weight.parts], axis=0)
     if weight.offsets is None:
         raise ExportError(f"{weight.name} has no offsets", "report this as a bug")
     return _flat(writer, f"{weight.name}.offset", weight.offsets)

@@ -6,14 +6,26 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 
-from graphprune.prune.blocks import drop_least_influential
+from graphprune.prune.blocks import choose_blocks, drop_least_influential
 from graphprune.prune.budget import Budget
 from graphprune.prune.methods.registry import Pruned, Task, method
 from graphprune.shrink.plan import Plan
+from graphprune.trace.blocks import find_blocks
+from graphprune.trace.inputs import keyword_inputs
 
 
-@method("blocks")
+def check(task: Task) -> None:
+    """Raise if the model has no chain of blocks, or no number of them comes near the share, were they all alike."""
+    model: Any = task.model.get_base_model()
+    chain = find_blocks(model, keyword_inputs(model, task.example_inputs))
+    held = [_frozen(block) for block in chain.blocks]
+    if len(set(held)) == 1:  # else it depends on which ones go
+        choose_blocks(torch.zeros(len(held)), held, _frozen(model), task.settings.remove)
+
+
+@method("blocks", check)
 def blocks(task: Task) -> Pruned:
     """Remove the blocks of least influence, as many as come nearest to the share of the parameters.
 
@@ -33,3 +45,8 @@ def blocks(task: Task) -> Pruned:
     with torch.no_grad():
         logits = dropped.model(**task.example_inputs).logits
     return Pruned(Plan({}), budget, [], logits, None, dropped.model)
+
+
+def _frozen(model: nn.Module) -> int:
+    """Return how many parameters a model has but for its adapters."""
+    return sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)

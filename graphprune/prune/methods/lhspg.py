@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from graphprune.prune.budget import Budget
 from graphprune.prune.lhspg import LHSPG
 from graphprune.prune.methods.registry import Pruned, Task, finished, method
 from graphprune.prune.methods.training import calibrated_repair, train_task, unpruned
@@ -16,7 +21,13 @@ MEMORY = 0.9
 """Share of the old saliency that a step keeps."""
 
 
-@method("lhspg")
+def check(task: Task) -> None:
+    """Raise if the budget cannot be met, or the mode cannot work on this model."""
+    scores = task.scores()
+    _optimizer(task, task.allot(scores), scores).close()
+
+
+@method("lhspg", check)
 def lhspg(task: Task) -> Pruned:
     """Prune by LHSPG, in either mode.
 
@@ -28,21 +39,9 @@ def lhspg(task: Task) -> Pruned:
     gated = settings.mode == "gated"
     scores = task.scores()
     budget = task.allot(scores)
-    params = param_groups(task.model, task.groups, settings.kinds)
     repair: Repair | None = None
-    optimizer = LHSPG(
-        params,
-        units=budget.removed_units,
-        lr=training.learning_rate,
-        mode=settings.mode,
-        paper=PaperChoices(**settings.paper.model_dump()),
-        warmup_steps=settings.warmup_steps,
-        periods=settings.periods,
-        period_steps=settings.period_steps,
-        half_space=settings.half_space,
-        scores=scores if gated else None,
-        memory=MEMORY if settings.saliency == OBSERVED else 1.0,
-        on_period=lambda: repair.update(optimizer.redundant) if repair else None,
+    optimizer = _optimizer(
+        task, budget, scores, lambda: repair.update(optimizer.redundant) if repair else None
     )
     try:
         with computing_in_bfloat16(task.model, gated and use_bfloat16(training, task.model)):
@@ -55,8 +54,27 @@ def lhspg(task: Task) -> Pruned:
                 unpruned(task.model, optimizer.gates) if gated else None,
                 steps=optimizer.schedule_steps + settings.settle_steps,
                 warmup=max(1, settings.warmup_steps // 2),
-                trainable=params.trainable,
             )
         return finished(task, optimizer.plan, budget, rows, repair)
     finally:
         optimizer.close()
+
+
+def _optimizer(
+    task: Task, budget: Budget, scores: Mapping[str, Tensor], on_period: Callable[[], None] | None = None
+) -> LHSPG:
+    settings = task.settings
+    return LHSPG(
+        param_groups(task.model, task.groups, settings.kinds),
+        units=budget.removed_units,
+        lr=settings.training.learning_rate,
+        mode=settings.mode,
+        paper=PaperChoices(**settings.paper.model_dump()),
+        warmup_steps=settings.warmup_steps,
+        periods=settings.periods,
+        period_steps=settings.period_steps,
+        half_space=settings.half_space,
+        scores=scores if settings.mode == "gated" else None,
+        memory=MEMORY if settings.saliency == OBSERVED else 1.0,
+        on_period=on_period,
+    )

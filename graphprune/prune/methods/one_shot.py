@@ -11,7 +11,12 @@ from graphprune.saliency.gates import Gates
 from graphprune.shrink.plan import Plan
 
 
-@method("one_shot")
+def check(task: Task) -> None:
+    """Raise if units cannot be scored or gated, or the budget cannot be met."""
+    Gates(task.model, task.groups, task.allot(task.scores()).removed_units).close()
+
+
+@method("one_shot", check)
 def one_shot(task: Task) -> Pruned:
     """Remove the units of the lowest saliency, at once.
 

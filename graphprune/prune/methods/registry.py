@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -110,20 +110,45 @@ def finished(task: Task, plan: Plan, budget: Budget, metrics: list[Row], repair:
 
 
 Method = Callable[[Task], Pruned]
+Check = Callable[[Task], None]
 
 _METHODS: dict[str, Method] = {}
+_CHECKS: dict[str, Check] = {}
 _BUILT_IN = "blocks", "lhspg", "loraprune", "one_shot"
 """Modules that register methods."""
+_FEW_WINDOWS, _FEW_TOKENS = 2, 16
 
 
-def method(name: str) -> Callable[[Method], Method]:
-    """Register a function as the method called `name`."""
+def method(name: str, check: Check | None = None) -> Callable[[Method], Method]:
+    """Register a function as the method called `name`.
+
+    Args:
+        name: What recipes call it.
+        check: Raises where the method could not do its task, leaves the model as it was, and takes no time: it is
+            given a few tokens of text only, and an `allot` that measures nothing.
+    """
 
     def register(function: Method) -> Method:
         _METHODS[name] = function
+        if check:
+            _CHECKS[name] = check
         return function
 
     return register
+
+
+def check_task(task: Task) -> None:
+    """Find out in little time whether a method can do its task, as far as that can be told beforehand.
+
+    Raises:
+        GraphPruneError: If it cannot.
+    """
+    name = task.settings.method
+    method_named(name)
+    if name in _CHECKS:
+        few = Windows(task.windows.ids[:_FEW_WINDOWS, :_FEW_TOKENS], task.windows.name)
+        _CHECKS[name](replace(task, windows=few))
+        task.model.zero_grad(set_to_none=True)
 
 
 def method_named(name: str) -> Method:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from graphprune.prune.methods.registry import Task
 from graphprune.prune.precision import use_bfloat16
@@ -42,18 +41,17 @@ def train_task(
     *,
     steps: int,
     warmup: int,
-    trainable: Iterable[nn.Parameter],
 ) -> list[Row]:
     """Train adapters on the task's text while an optimizer takes units away.
 
     Args:
         task: The task.
         title: For whoever watches.
-        optimizer: Its `counts` say how many units are gone, ``zeroed``, and how many are to go, ``target``.
+        optimizer: Its `counts` say how many units are gone, ``zeroed``, and how many are to go, ``target``; its first
+            parameter group is what trains, and whose gradients are clipped.
         teacher: To distil from; None to learn from the text alone.
         steps: How many.
         warmup: Steps of the learning rate's warm-up.
-        trainable: Parameters whose gradients are clipped.
     """
     training = task.settings.training
     bfloat16 = use_bfloat16(training, task.model)
@@ -64,7 +62,7 @@ def train_task(
             optimizer,
             steps=steps,
             warmup=warmup,
-            trainable=list(trainable),
+            trainable=optimizer.param_groups[0]["params"],
             observe=lambda: optimizer.counts,
             progress=lambda row: tick(row["step"] + 1, _words(row)),
         )

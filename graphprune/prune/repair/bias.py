@@ -103,7 +103,7 @@ def _weights(model: nn.Module, groups: NodeGroups, gates: Gates) -> list[tuple[C
         if len(shape) != 2 or not hasattr(model.get_submodule(name.rpartition(".")[0]), "bias"):
             raise TrainingError(
                 f"{name} reads units that may go, and its layer has no place for a bias",
-                "set prune.repair to least_squares, or leave this kind out of prune.kinds",
+                "repair by least squares, or leave this kind out of kinds (recipe: prune.repair, prune.kinds)",
             )
         found.append((consumer, adapted.get(name) or EffectiveWeight(model, name, consumer.axis, shape)))
     return found

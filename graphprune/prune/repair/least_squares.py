@@ -77,7 +77,7 @@ class LeastSquares:
         if len(windows) < 2:
             raise TrainingError(
                 f"a ridge is chosen on windows that nothing is fitted to, and there are {len(windows)} in all",
-                "raise prune.calibration_windows to 2 or more, or set prune.repair to none",
+                "give 2 or more, or repair nothing (recipe: prune.calibration_windows, prune.repair)",
             )
         held = torch.arange(len(windows)) % HELD_OUT == 1
         self._fitted, self._held = (
@@ -143,7 +143,7 @@ def predict(fitted: Tensor, held: Tensor, gone: Tensor) -> Prediction:
             return Prediction(out, stay, coefficients.contiguous())
     raise TrainingError(
         "the second moments of what a layer reads are not finite, so nothing can be predicted from it",
-        "set prune.repair to none, or compute in float32",
+        "repair nothing (recipe: prune.repair), or compute in float32",
     )
 
 

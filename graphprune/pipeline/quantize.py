@@ -1,0 +1,143 @@
+"""The stage that quantizes: LoftQ on every linear layer of the blocks, in one format or a mix of them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from graphprune.errors import QuantizationError
+from graphprune.files import replacing
+from graphprune.pipeline.model_folder import save_adapter
+from graphprune.pipeline.session import Session
+from quant.apply import LayerReport, loftq_model
+from quant.config import LoftQConfig
+from quant.errors import QuantError
+from quant.linear import QuantLinear
+from quant.mix import mix_for_budget
+from quant.storage import save_quantized
+
+Batch = dict[str, Tensor]
+
+# The mix is decided on fewer windows than the layers are fitted to: it compares formats, and needs no inverse.
+_MIX_WINDOWS = 24
+
+
+def quantize_stage(session: Session) -> str:
+    """Quantize the linear layers of the blocks and an embedding that shares its weight with the head."""
+    settings = session.recipe.quantize
+    model = session.unquantized()
+    config = LoftQConfig(
+        format=settings.format,
+        block_size=settings.block_size,
+        rank=settings.rank,
+        iterations=settings.iterations,
+        scale_storage=settings.scale_storage,
+        propagation=settings.propagation,
+        seed=session.recipe.seed,
+        exclude=_untied_head(model),
+        embedding_format=settings.embedding,
+    )
+    count = settings.calibration_windows
+    windows = session.inputs.train.drawn(count, session.recipe.seed)
+    batches = [{"input_ids": ids, "labels": ids} for ids in windows.split(4)] if count else []
+    with _as_ours():
+        if settings.bits is not None:
+            config = replace(config, formats=_mix(session, model, config, batches[: _MIX_WINDOWS // 4]))
+        with session.reporter.task("LoftQ") as tick:
+            _, layers = loftq_model(
+                model,
+                config,
+                batches or None,
+                loss=_loss if count and settings.guided else None,
+                on_layer=lambda name, done, total: tick(done, name, total),
+            )
+    model.eval()
+    with replacing(session.path("quant")) as temporary:
+        save_quantized(model, temporary)
+    session.quantized = model
+    if session.recipe.recover.base == "pruned":
+        save_adapter(session, model)
+    value = session.judge(model, "quantized")
+    session.folder.remember(
+        perplexity_quantized=value,
+        layers=[
+            {
+                "name": layer.name,
+                "format": layer.format,
+                "shape": list(layer.shape),
+                "error_before": layer.errors[0],
+                "error_after": min(layer.errors),
+            }
+            for layer in layers
+        ],
+    )
+    return f"{_summary(model, layers)}; perplexity {value:.2f}"
+
+
+def _mix(
+    session: Session, model: nn.Module, config: LoftQConfig, batches: list[Batch]
+) -> tuple[tuple[str, str | int], ...]:
+    """Return the formats with which the layers lose the least at the recipe's bits a weight."""
+    settings = session.recipe.quantize
+    mixed = replace(config, iterations=1, exclude=(*config.exclude, *_head_names(model)))
+    layers = [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and mixed.includes(name)
+    ]
+    weights = sum(layer.weight.numel() for layer in layers)
+    adapters = sum(4 * config.rank * sum(layer.weight.shape) for layer in layers)
+    with session.reporter.task("mix of formats") as tick:
+        return mix_for_budget(
+            model,
+            mixed,
+            int((settings.bits or 0) * weights / 8) + adapters,
+            settings.mix_formats,
+            batches or None,
+            loss=_loss if batches and settings.guided else None,
+            on_layer=lambda name, done, total: tick(done, name, total),
+        ).formats
+
+
+def _summary(model: nn.Module, layers: list[LayerReport]) -> str:
+    adapted = [layer for layer in layers if _has_adapters(model.get_submodule(layer.name))]
+    formats = Counter(layer.format for layer in adapted).most_common()
+    plain = sum(layer.errors[0] for layer in adapted) / len(adapted)
+    best = sum(min(layer.errors) for layer in adapted) / len(adapted)
+    words = ", ".join(f"{count} layers in {name}" for name, count in formats)
+    return f"{words}: error {plain:.3f} → {best:.3f}"
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    return isinstance(module, QuantLinear) and module.lora_A is not None
+
+
+def _loss(output: Any) -> Any:
+    return output.loss
+
+
+@contextmanager
+def _as_ours() -> Iterator[None]:
+    """Turn the quantizer's errors, which it raises on its own account, into one that the command line prints."""
+    try:
+        yield
+    except QuantError as error:
+        raise QuantizationError(error.problem, error.remedy) from error
+
+
+def _untied_head(model: Any) -> tuple[str, ...]:
+    """Return a pattern for a head of its own, which stays as it is; a tied one takes the embedding's format."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is None or table is None or head.weight is table.weight
+    return () if tied else _head_names(model)
+
+
+def _head_names(model: Any) -> tuple[str, ...]:
+    head = model.get_output_embeddings()
+    return tuple(f"^{re.escape(name)}$" for name, module in model.named_modules() if module is head)
