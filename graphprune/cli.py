@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -150,18 +151,132 @@ def recover(
     _say(console, f"Go on with: {_command('run', recipe, output, model)}")
 
 
+_Target = Annotated[
+    Path, typer.Argument(help="A run folder, a folder that holds model.onnx, or a .onnx file.")
+]
+_Provider = Annotated[Literal["cpu", "cuda"], typer.Option(help="What computes: cpu or cuda.")]
+_Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one operator.")]
+
+
+@app.command("eval")
+def evaluate(
+    target: _Target,
+    text: Annotated[
+        str | None,
+        typer.Option(help="A text file or hub data set; of a run without it: its evaluation text."),
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens of a window of the text.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Windows at most.")] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(help="A file of questions, or a folder of them; may stand more than once."),
+    ] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="Questions of each task at most.")] = None,
+    provider: _Provider = "cpu",
+    threads: _Threads = None,
+    json: Annotated[Path | None, typer.Option(help="Where to write the numbers.")] = None,
+    quiet: _Quiet = False,
+) -> None:
+    """Measure an ONNX model with onnxruntime: perplexity, and accuracy on zero-shot tasks."""
+    console = _console()
+    from graphprune.files import write_json
+    from graphprune.pipeline.evaluate import Asked
+    from graphprune.pipeline.evaluate import evaluate as evaluate_model
+    from graphprune.pipeline.exported import find_exported
+    from graphprune.pipeline.progress import Reporter
+    from graphprune.report.evaluation_table import evaluation_table
+
+    asked = Asked(text=text, window=window, limit=limit, tasks=tasks or (), questions=questions)
+    reporter = Reporter(None if quiet else console)
+    found = evaluate_model(find_exported(target), asked, reporter, provider=provider, threads=threads)
+    console.print(evaluation_table(found))
+    if json is not None:
+        write_json(json, found.row())
+
+
+@app.command()
+def chat(
+    target: _Target,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this share.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+    provider: _Provider = "cpu",
+    threads: _Threads = None,
+) -> None:
+    """Talk with an ONNX model; each line of a pipe is a turn. /exit, Ctrl-D or Ctrl-C ends it."""
+    console = _console()
+    from graphprune.export.generation import sampled
+    from graphprune.pipeline.chat import converse, open_chat
+    from graphprune.pipeline.exported import find_exported
+
+    try:
+        talk = open_chat(
+            find_exported(target),
+            choose=sampled(temperature, top_p, seed),
+            max_new_tokens=max_tokens,
+            provider=provider,
+            threads=threads,
+        )
+        if sys.stdin.isatty() and not talk.has_template:
+            _say(console, "The tokenizer has no chat template: each line is a text to go on with.")
+        converse(
+            talk, _typed() if sys.stdin.isatty() else sys.stdin, lambda piece: typer.echo(piece, nl=False)
+        )
+    except KeyboardInterrupt:
+        typer.echo()
+
+
+def _typed() -> Iterator[str]:
+    """Yield lines as a person types them, with what the terminal has for editing them."""
+    import readline  # noqa: F401  (input() then knows the arrow keys)
+
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            typer.echo()
+            return
+
+
+@app.command()
+def verify(
+    target: _Target,
+    text: Annotated[
+        str | None, typer.Option(help="A text to verify with; else the run's evaluation text.")
+    ] = None,
+) -> None:
+    """Verify an ONNX model again: a run's against its torch model, a file alone against itself."""
+    console = _console()
+    from graphprune.export.check import raise_if_failed
+    from graphprune.pipeline.exported import find_exported
+    from graphprune.pipeline.verify_run import verify as verify_model
+    from graphprune.report.check_table import check_table
+
+    exported = find_exported(target)
+    checks = verify_model(exported, text)
+    console.print(check_table(str(exported.file), checks))
+    raise_if_failed(str(exported.file), checks)
+
+
+def _console() -> Console:
+    """Have other libraries keep quiet, and return where to tell results."""
+    from rich.console import Console
+
+    from graphprune.pipeline.quiet import quieten
+
+    quieten()
+    return Console()
+
+
 def _prepared(recipe: Path, quiet: bool) -> tuple[Console, Reporter]:
     """Check the recipe, then have other libraries keep quiet, and return where to tell results and progress."""
     from graphprune.recipe import load_recipe
 
     load_recipe(recipe)  # a typing error is told at once, before torch is imported
-    from rich.console import Console
-
     from graphprune.pipeline.progress import Reporter
-    from graphprune.pipeline.quiet import quieten
 
-    quieten()
-    console = Console()
+    console = _console()
     return console, Reporter(None if quiet else console)
 
 

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from graphprune.errors import RecipeError, SourceError
+
 Array = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
-Past = list[Array]
+Past = list[npt.NDArray[Any]]
+Provider = Literal["cpu", "cuda"]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OnnxDecoder:
-    """A session over `model.onnx` on the CPU.
+    """A session over `model.onnx`.
 
     Args:
         model: The file, or the bytes of its graph; then `folder` says where its data lies.
         threads: Threads of one operator; None leaves it to ONNX Runtime.
         folder: Where the external data of a graph given as bytes lies.
+        provider: What computes: ``cpu`` or ``cuda``.
         settings: Further entries of the session's configuration.
+
+    Raises:
+        RecipeError: If `provider` is no name of one.
+        SourceError: If it cannot be used here, or the file does not open, or is not a decoder.
     """
 
     def __init__(
@@ -31,8 +44,10 @@ class OnnxDecoder:
         *,
         threads: int | None = None,
         folder: Path | None = None,
+        provider: Provider = "cpu",
         settings: Mapping[str, str] | None = None,
     ) -> None:
+        self.name = str(folder if isinstance(model, bytes) else model)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
@@ -43,18 +58,27 @@ class OnnxDecoder:
         for key, value in (settings or {}).items():
             options.add_session_config_entry(key, value)
         source = model if isinstance(model, bytes) else str(model)
-        self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        self._past = [
-            value for value in self._session.get_inputs() if value.name.startswith("past_key_values.")
-        ]
+        with _clear_errors(self.name):
+            self._session = onnxruntime.InferenceSession(source, options, providers=_providers(provider))
+        if _PROVIDERS[provider] not in self._session.get_providers():
+            raise _no_provider(provider, "it could not be started on this machine")
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        self._past = [value for name, value in inputs.items() if name.startswith("past_key_values.")]
+        self._token_inputs = {"input_ids", "attention_mask", "position_ids"} & inputs.keys()
         self._outputs = [
             "logits",
             *(value.name.replace("past_key_values", "present", 1) for value in self._past),
         ]
+        self._check(inputs)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether keys and values of earlier tokens are an input."""
+        return bool(self._past)
 
     def empty_past(self, batch: int) -> Past:
         """Return a cache of no tokens: key, value, key, value, ..., each (batch, heads, 0, head size)."""
-        return [np.zeros((batch, v.shape[1], 0, v.shape[3]), dtype=np.float32) for v in self._past]
+        return [np.zeros((batch, v.shape[1], 0, v.shape[3]), _CACHE_TYPES[v.type]) for v in self._past]
 
     def step(
         self, input_ids: Integers, attention_mask: Integers | None = None, past: Past | None = None
@@ -68,16 +92,22 @@ class OnnxDecoder:
 
         Returns:
             The logits (batch, sequence, vocabulary) and the new cache.
+
+        Raises:
+            SourceError: If ONNX Runtime refuses to compute it.
         """
         batch, sequence = input_ids.shape
         past = self.empty_past(batch) if past is None else past
         if attention_mask is None:
-            attention_mask = np.ones((batch, past[0].shape[2] + sequence), dtype=np.int64)
+            length = past[0].shape[2] if past else 0
+            attention_mask = np.ones((batch, length + sequence), dtype=np.int64)
         positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -sequence:]
-        feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+        tokens = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+        feeds: dict[str, npt.NDArray[Any]] = {name: tokens[name] for name in self._token_inputs}
         feeds |= {value.name: array for value, array in zip(self._past, past, strict=True)}
-        logits, *present = self._session.run(self._outputs, feeds)
-        return logits, present
+        with _clear_errors(self.name):
+            logits, *present = self._session.run(self._outputs, feeds)
+        return np.asarray(logits, dtype=np.float32), present
 
     def logits(
         self, input_ids: Integers, attention_mask: Integers | None = None, past: Past | None = None
@@ -113,3 +143,47 @@ class OnnxDecoder:
             logits, past = self.step(ids, past=past)
             seconds.append(time.perf_counter() - start)
         return 1.0 / float(np.median(seconds[warm_up:]))
+
+    def _check(self, inputs: dict[str, Any]) -> None:
+        unknown = inputs.keys() - self._token_inputs - {value.name for value in self._past}
+        outputs = {value.name for value in self._session.get_outputs()}
+        if "input_ids" not in inputs or unknown or not outputs.issuperset(self._outputs):
+            raise SourceError(
+                f"{self.name} is not a decoder: it reads {', '.join(inputs)} and gives {', '.join(outputs)}",
+                "give a causal language model with input_ids, logits and past_key_values.N.key, present.N.key, …",
+            )
+        for value in self._past:
+            if value.type not in _CACHE_TYPES or not all(
+                isinstance(value.shape[axis], int) for axis in (1, 3)
+            ):
+                raise SourceError(
+                    f"{self.name}: the cache {value.name} is {value.type} {value.shape}",
+                    "export it with fixed heads and head sizes, in float32 or float16",
+                )
+
+
+def _providers(provider: Provider) -> list[str]:
+    if provider not in get_args(Provider):
+        raise RecipeError.unknown("provider", provider, get_args(Provider))
+    if _PROVIDERS[provider] not in onnxruntime.get_available_providers():
+        raise _no_provider(provider, "the installed package was built without it")
+    return list(dict.fromkeys([_PROVIDERS[provider], _PROVIDERS["cpu"]]))
+
+
+def _no_provider(provider: Provider, reason: str) -> SourceError:
+    return SourceError(
+        f"onnxruntime has no provider '{provider}' here: {reason}",
+        "install onnxruntime-gpu with the CUDA and cuDNN that it names, or choose the provider cpu",
+    )
+
+
+@contextmanager
+def _clear_errors(name: str) -> Iterator[None]:
+    """Turn ONNX Runtime's errors, which have no common base, into one of ours."""
+    try:
+        yield
+    except Exception as err:
+        if not type(err).__module__.startswith("onnxruntime"):
+            raise
+        reason = str(err).strip().split("\n")[0]
+        raise SourceError(f"{name} does not run: {reason}", "check it with graphprune verify") from err

@@ -138,6 +138,7 @@ def _opened(
     with open_run_folder(output, inputs.fingerprint, fresh=fresh) as folder:
         write_text(folder / "recipe.input.yaml", recipe_path.read_text(encoding="utf-8"))
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        folder.remember(recipe_folder=str(recipe_path.resolve().parent))
         with reporter.logging_to(folder / "log.txt"):
             session = Session(inputs, folder, reporter)
             _forget_changed(session)

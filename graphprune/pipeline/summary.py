@@ -15,7 +15,7 @@ import onnxruntime
 import psutil
 import torch
 
-from graphprune.export.verify import LARGEST_KL, LEAST_TOP1, TOLERANCE, WEIGHT_TOLERANCE
+from graphprune.export.verify import LARGEST_KL, LEAST_TOP1, bound_of
 from graphprune.files import size_of, write_json
 from graphprune.pipeline.session import Session
 from graphprune.prune.timing import processor
@@ -173,11 +173,11 @@ def _perplexity(session: Session) -> dict[str, Any]:
 
 
 def _tolerances(checks: dict[str, float]) -> dict[str, float]:
-    bounds = {"weights": WEIGHT_TOLERANCE, **dict.fromkeys(("prefill", "padded_batch", "decode"), TOLERANCE)}
+    bounds = {name: bound_of(name) for name in checks}
     return {
         "top1_agreement": LEAST_TOP1,
         "kl": LARGEST_KL,
-        **{name: bound for name, bound in bounds.items() if name in checks},
+        **{name: bound for name, bound in bounds.items() if bound is not None},
     }
 
 

@@ -27,6 +27,8 @@ def test_importing_loads_nothing_heavy(statement):
 def test_help_names_the_command_and_its_options():
     text = graphprune("--help", check=True).stdout
     assert all(command in text for command in ("inspect", "prune", "recover", "run"))
+    for command, option in (("eval", "--tasks"), ("chat", "--temperature"), ("verify", "--text")):
+        assert option in graphprune(command, "--help", check=True).stdout
     for command in ("prune", "recover", "run"):
         text = graphprune(command, "--help", check=True).stdout
         assert all(option in text for option in ("--output", "--model", "--fresh", "--quiet"))
@@ -65,6 +67,9 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
         (("prune", "none.yaml", "-o", "RUN"), 2, "cannot read the recipe none.yaml"),
         (("recover", "none.yaml", "-o", "RUN"), 2, "cannot read the recipe none.yaml"),
         (("recover", "none.yaml"), 2, "Missing option '-o'"),
+        (("eval", "none"), 2, "there is no ONNX model at none"),
+        (("chat", "none"), 2, "there is no ONNX model at none"),
+        (("verify", "none"), 2, "there is no ONNX model at none"),
         (("run",), 2, "Missing argument"),
         (("rnu",), 2, "No such command"),
     ],

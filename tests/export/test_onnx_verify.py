@@ -16,7 +16,8 @@ from torch import nn
 import quant
 from graphprune.errors import VerificationError
 from graphprune.export import verify
-from graphprune.export.verify import verify_onnx
+from graphprune.export.check import Check, raise_if_failed
+from graphprune.export.verify import measure_onnx, verify_onnx
 
 
 @pytest.fixture
@@ -46,7 +47,9 @@ def test_a_right_file_passes_with_small_numbers(packed: Exported) -> None:
     assert found.max_relative_error < 5e-6
     assert found.checks["weights"] < verify.WEIGHT_TOLERANCE
     assert 0.003 < found.checks["weight_rounding"] < 0.0036
-    assert {"prefill", "padded_batch", "decode"} < set(found.checks)
+    cells = {f"{shape} after {past}" for shape in ("1x1", "1x12", "3x12") for past in (0, 1, 7)}
+    assert {"prefill", "padded_batch", "decode", "greedy", *cells} < set(found.checks)
+    assert found.checks["greedy"] < found.tolerance
     assert 0 < found.kl < 0.01
     assert found.top1_agreement > 0.9
 
@@ -170,10 +173,10 @@ def test_a_weight_the_model_does_not_have_is_found(packed: Exported, dense: Expo
 
 def test_rounding_of_activations_is_bounded(packed: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "LARGEST_KL", 1e-9)
-    with pytest.raises(VerificationError, match=r"KL .* > 1e-09 nats"):
+    with pytest.raises(VerificationError, match=r"kl .* > 1e-09"):
         verify_onnx(packed.path, packed.model, windows(12, 8))
     monkeypatch.setattr(verify, "LEAST_TOP1", 1.1)
-    with pytest.raises(VerificationError, match=r"top-1 agreement .* < 1.1"):
+    with pytest.raises(VerificationError, match=r"top1_agreement .* < 1.1"):
         verify_onnx(packed.path, packed.model, windows(12, 8))
 
 
@@ -207,3 +210,54 @@ def test_a_file_without_its_data_is_refused(packed: Exported, copy: Path) -> Non
     (copy.parent / "model.onnx.data").unlink()
     with pytest.raises(VerificationError, match="not a valid ONNX model"):
         verify_onnx(copy, packed.model, windows(12, 8))
+
+
+def test_numbers_out_of_bounds_are_returned_where_no_error_is_wanted(
+    packed: Exported, packed_model: nn.Module
+) -> None:
+    with torch.no_grad():
+        packed_model.model.norm.weight[5] *= 1.05
+    found = measure_onnx(packed.path, packed_model, windows(12, 8))
+    failed = {row.name for row in found.rows if row.holds is False}
+    assert not found.ok
+    assert {"prefill", "decode", "1x1 after 0"} <= failed
+    assert "weights" not in failed
+
+
+def test_another_text_than_torchs_is_found(packed: Exported, packed_model: nn.Module) -> None:
+    """Where the greatest logit is another token's, by far."""
+    with torch.no_grad():
+        packed_model.model.norm.weight.neg_()
+    found = measure_onnx(packed.path, packed_model, windows(20, 8))
+    assert found.checks["greedy"] > 0.1
+    assert found.checks["greedy_agreement"] < 0.5
+
+
+def test_texts_may_be_shorter_than_the_longest_past(dense: Exported) -> None:
+    found = verify_onnx(dense.path, dense.model, windows(2, 2))
+    assert {"1x1 after 0", "1x1 after 1", "3x1 after 1"} < set(found.checks)
+    assert not any(name.endswith("after 7") for name in found.checks)
+
+
+@pytest.mark.parametrize(
+    ("measured", "bound", "at_least", "holds"),
+    [
+        (1.0, 1.0, False, True),
+        (1.1, 1.0, False, False),
+        (0.9, 1.0, True, False),
+        (1.0, 1.0, True, True),
+        (float("nan"), 1.0, False, False),
+        (float("nan"), 1.0, True, False),
+        (float("nan"), None, False, None),
+    ],
+)
+def test_what_is_no_number_is_out_of_every_bound(
+    measured: float, bound: float | None, at_least: bool, holds: bool | None
+) -> None:
+    check = Check("name", measured, bound, at_least)
+    assert check.holds is holds
+    if holds is False:
+        with pytest.raises(VerificationError, match=f"name {measured:.3g}"):
+            raise_if_failed("file", [check])
+    else:
+        raise_if_failed("file", [check])
