@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graphprune.prune.cubic_schedule import CubicSchedule as CubicSchedule
     from graphprune.prune.lhspg import LHSPG as LHSPG
     from graphprune.prune.loraprune import LoRAPrune as LoRAPrune
+    from graphprune.prune.onnx import prune_onnx as prune_onnx
     from graphprune.prune.paper_mode import PaperChoices as PaperChoices
     from graphprune.prune.param_groups import param_groups as param_groups
     from graphprune.prune.trainer_callback import LHSPGCallback as LHSPGCallback
@@ -40,6 +41,7 @@ _HOME = {
     "load": "graphprune.shrink.load",
     "node_groups": "graphprune.coupling.groups",
     "param_groups": "graphprune.prune.param_groups",
+    "prune_onnx": "graphprune.prune.onnx",
     "rule": "graphprune.coupling.rules",
     "shrink": "graphprune.shrink",
     "shrink_optimizer": "graphprune.shrink.optimizer",
@@ -59,6 +61,7 @@ __all__ = [
     "load",
     "node_groups",
     "param_groups",
+    "prune_onnx",
     "rule",
     "shrink",
     "shrink_optimizer",
