@@ -46,7 +46,7 @@ def prune_onnx(
     saliency: str = "wanda",
     kinds: Collection[str] = ("attention_heads", "ffn"),
     repair: bool = True,
-    layout: Layout = "per_layer",
+    layout: Layout = "uniform",
 ) -> PrunedOnnx:
     """Remove a share of a model's parameters.
 
@@ -58,7 +58,8 @@ def prune_onnx(
         saliency: ``magnitude``, ``wanda`` or ``flap``.
         kinds: Kinds of groups that may lose units.
         repair: Whether what goes is predicted from what stays by least squares, and folded into what reads it.
-        layout: ``uniform``: one width for all groups of a kind and size; ``per_layer``: each group its own.
+        layout: ``uniform``: one width for all groups of a kind and size; ``per_layer``: each group its own, though
+            scores that are not of the loss hardly compare from layer to layer.
 
     Raises:
         BudgetError: If so many cannot be removed.
