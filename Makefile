@@ -20,7 +20,7 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/mypy --allow-untyped-calls --ignore-missing-imports --no-warn-return-any examples/benchmarks
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
