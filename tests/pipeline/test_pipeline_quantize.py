@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from graphprune.errors import QuantizationError, RecipeError
+from graphprune.pipeline import quantize
 from graphprune.pipeline.folder import open_run_folder
 from graphprune.pipeline.inputs import open_inputs
 from graphprune.pipeline.progress import Reporter
@@ -13,6 +14,7 @@ from graphprune.pipeline.quantize import quantize_stage
 from graphprune.pipeline.session import Session
 from graphprune.recipe import load_recipe
 from quant import QuantLinear
+from quant.mix import mix_for_budget
 
 SETTINGS = "{format: nf4, block_size: 16, rank: 4, iterations: 2, embedding: int8, calibration_windows: 4,"
 
@@ -42,12 +44,21 @@ def quantized(bench, tmp_path):
 
 
 @pytest.mark.parametrize(("bits", "calibrated"), [(3.6, 4), (4.4, 0)])
-def test_layers_share_a_budget_of_bits(quantized, bits, calibrated):
+def test_layers_share_a_budget_of_bits(quantized, monkeypatch, bits, calibrated):
+    mixes = []
+
+    def kept(*arguments, **settings):
+        mixes.append(mix_for_budget(*arguments, **settings))
+        return mixes[0]
+
+    monkeypatch.setattr(quantize, "mix_for_budget", kept)
     session, note = quantized(
         f"{{bits: {bits}, block_size: 16, rank: 4, iterations: 1, embedding: int8, "
         f"calibration_windows: {calibrated},"
     )
-    layers = [layer for layer in session.quantized.modules() if isinstance(layer, QuantLinear) and layer.rank]
+    packed = dict(session.quantized.named_modules())
+    layers = [layer for layer in packed.values() if isinstance(layer, QuantLinear) and layer.rank]
+    assert {packed[name] for name in mixes[0].chosen} == {*layers}  # the tied head has no part in it
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     spent = 8 * sum(layer.quantized.nbytes for layer in layers) / weights
     assert bits - 0.4 < spent <= bits
