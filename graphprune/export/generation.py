@@ -37,7 +37,10 @@ def sampled(temperature: float, top_p: float, seed: int) -> Choose:
             "temperature is 0 or more, top_p above 0 and up to 1",
         )
     if temperature == 0 and top_p < 1:
-        raise RecipeError(f"with temperature 0 nothing is drawn that top_p {top_p} could bound", "give both")
+        raise RecipeError(
+            f"with temperature 0 nothing is drawn that top_p {top_p} could bound",
+            "raise temperature, or leave top_p at 1",
+        )
     if temperature == 0:
         return most_likely
     generator = np.random.default_rng(seed)
