@@ -16,7 +16,7 @@ from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.linear import QuantLinear
 from quant.loftq import LoftQResult, loftq
-from quant.mix import Mix, mix_for_budget, paper_mix
+from quant.mix import Mix, mix_for_bits, mix_for_budget, paper_mix
 from quant.packed import cache_dequantized
 from quant.packing import pack, unpack
 from quant.parameters import PackedParameter, loftq_parameter_, pack_parameter_
@@ -46,6 +46,7 @@ __all__ = [
     "loftq",
     "loftq_model",
     "loftq_parameter_",
+    "mix_for_bits",
     "mix_for_budget",
     "pack",
     "pack_parameter_",

@@ -145,6 +145,34 @@ def mix_for_budget(
     return _choose(measured, nbytes)
 
 
+def mix_for_bits(
+    model: nn.Module,
+    config: LoftQConfig,
+    bits: float,
+    formats: Sequence[str | int] | str | int = ("uint2", "uint3", "nf4"),
+    batches: Iterable[Batch] | None = None,
+    *,
+    loss: Loss | None = None,
+    on_layer: Callable[[str, int, int], None] | None = None,
+) -> Mix:
+    """Choose formats as `mix_for_budget` does, for so many bits a weight: codes and scales, adapters not counted.
+
+    Raises:
+        QuantError: No layer matches, or even the smallest formats take more.
+    """
+    if not bits > 0:
+        raise QuantError(f"a budget of {bits} bits a weight", "pass a number above 0")
+    layers = [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and config.includes(name)
+    ]
+    weights = sum(layer.weight.numel() for layer in layers)
+    adapters = sum(4 * config.rank * sum(layer.weight.shape) for layer in layers)
+    nbytes = int(bits * weights / 8) + adapters
+    return mix_for_budget(model, config, nbytes, formats, batches, loss=loss, on_layer=on_layer)
+
+
 def _loss_of_all(weight: Tensor, covariance: Tensor | None, importance: Importance | None) -> float:
     """Return how much the loss would rise, to second order and up to a factor, if the layer put out nothing."""
     if covariance is None or importance is None:

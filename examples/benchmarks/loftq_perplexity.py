@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quant
@@ -117,21 +116,6 @@ class Bench:
         """Return the perplexity on the evaluation windows."""
         return perplexity(torch_logits(model), self.evaluate)
 
-    def mix(
-        self, model: Any, config: quant.LoftQConfig, bits: float, batches: list[Any], loss: Any
-    ) -> tuple[tuple[str, str | int], ...]:
-        """Return the formats that lose the least at this many bits a weight, by one step of LoftQ each."""
-        layers = [
-            layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear) and config.includes(name)
-        ]
-        weights = sum(layer.weight.numel() for layer in layers)
-        adapters = sum(4 * config.rank * sum(layer.weight.shape) for layer in layers)
-        budget = int(bits * weights / 8) + adapters
-        quick = replace(config, iterations=1)
-        return quant.mix_for_budget(model, quick, budget, MIX_FORMATS, batches, loss=loss).formats
-
     def run(self, case: Case, seed: int) -> dict[str, Any]:
         """Quantize, measure, train, measure."""
         model, start = self.model(), time.process_time()
@@ -139,7 +123,9 @@ class Bench:
         batches = [{"input_ids": ids, "labels": ids} for ids in self.calibrate.ids.split(2)]
         loss = _loss if case.guided else None
         if case.bits is not None:
-            config = replace(config, formats=self.mix(model, config, case.bits, batches[:MIX_BATCHES], loss))
+            quick, few = replace(config, iterations=1), batches[:MIX_BATCHES]
+            mix = quant.mix_for_bits(model, quick, case.bits, MIX_FORMATS, few, loss=loss)
+            config = replace(config, formats=mix.formats)
         quant.loftq_model(model, config, batches if case.calibrated else None, loss=loss)
         seconds = time.process_time() - start
         packed = [module for module in model.modules() if isinstance(module, quant.QuantLinear)]

@@ -19,7 +19,7 @@ from quant.apply import LayerReport, loftq_model
 from quant.config import LoftQConfig
 from quant.errors import QuantError
 from quant.linear import QuantLinear
-from quant.mix import mix_for_budget
+from quant.mix import mix_for_bits
 from quant.storage import save_quantized
 
 Batch = dict[str, Tensor]
@@ -48,7 +48,8 @@ def quantize_stage(session: Session) -> str:
     batches = [{"input_ids": ids, "labels": ids} for ids in windows.split(4)] if count else []
     with _as_ours():
         if settings.bits is not None:
-            config = replace(config, formats=_mix(session, model, config, batches[: _MIX_WINDOWS // 4]))
+            few = batches[: _MIX_WINDOWS // 4]
+            config = replace(config, formats=_mix(session, model, config, settings.bits, few))
         with session.reporter.task("LoftQ") as tick:
             _, layers = loftq_model(
                 model,
@@ -81,23 +82,16 @@ def quantize_stage(session: Session) -> str:
 
 
 def _mix(
-    session: Session, model: nn.Module, config: LoftQConfig, batches: list[Batch]
+    session: Session, model: nn.Module, config: LoftQConfig, bits: float, batches: list[Batch]
 ) -> tuple[tuple[str, str | int], ...]:
-    """Return the formats with which the layers lose the least at the recipe's bits a weight."""
+    """Return the formats with which the layers lose the least at so many bits a weight."""
     settings = session.recipe.quantize
     mixed = replace(config, iterations=1, exclude=(*config.exclude, *_head_names(model)))
-    layers = [
-        layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and mixed.includes(name)
-    ]
-    weights = sum(layer.weight.numel() for layer in layers)
-    adapters = sum(4 * config.rank * sum(layer.weight.shape) for layer in layers)
     with session.reporter.task("mix of formats") as tick:
-        return mix_for_budget(
+        return mix_for_bits(
             model,
             mixed,
-            int((settings.bits or 0) * weights / 8) + adapters,
+            bits,
             settings.mix_formats,
             batches or None,
             loss=_loss if batches and settings.guided else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from graphprune.export.check import Check
 from graphprune.report import formatting
 from graphprune.report.schema import Report
 
@@ -32,23 +33,6 @@ class Row:
     before_text: str
     after_text: str
     change: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """A measured number and its bound; `holds` is None where the report sets no bound."""
-
-    title: str
-    measured: float
-    bound: float | None
-    at_least: bool = False
-
-    @property
-    def holds(self) -> bool | None:
-        """Whether the measured number keeps to its bound."""
-        if self.bound is None:
-            return None
-        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
 
 
 def before_after(report: Report) -> list[Row]:
@@ -114,12 +98,12 @@ def certificate_checks(report: Report) -> list[Check]:
     certificate = report.certificate
     return [
         Check(
-            title="Units permuted, greatest change of the output",
+            name="Units permuted, greatest change of the output",
             measured=certificate.permuted_max_error,
             bound=certificate.tolerance,
         ),
         Check(
-            title="Zeroed units removed, greatest change of the output",
+            name="Zeroed units removed, greatest change of the output",
             measured=certificate.removed_max_error,
             bound=certificate.tolerance,
         ),
@@ -136,7 +120,7 @@ def verify_checks(report: Report) -> list[Check]:
     }
     return [
         Check(
-            title=_TITLES.get(name, name),
+            name=_TITLES.get(name, name),
             measured=measured,
             bound=verify.tolerances.get(name),
             at_least=name == "top1_agreement",

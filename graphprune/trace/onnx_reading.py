@@ -31,7 +31,7 @@ def read_onnx(path: Path) -> ir.Model:
         raise TraceError(f"'{path}' is not an ONNX model: it names no operator set", "export it again")
     _check_initializers(proto.graph)
     for tensor in proto.graph.initializer:
-        _check_external(path, tensor)
+        check_external(path, tensor)
     try:
         model = ir.serde.deserialize_model(proto)
     except (ir.serde.SerdeError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
@@ -88,8 +88,17 @@ def _check_initializers(graph: onnx.GraphProto) -> None:
             _check_length(tensor, len(tensor.raw_data))
 
 
-def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
-    """Check that a tensor's numbers lie beside the file, and are as many as its shape says."""
+def check_external(path: Path, tensor: onnx.TensorProto, *, present: bool = False) -> None:
+    """Check that a tensor's numbers lie beside the file, and are as many as its shape says.
+
+    Args:
+        path: The model's file.
+        tensor: Any of its tensors; one whose numbers are in the file itself passes.
+        present: Whether the file with the numbers has to be there already.
+
+    Raises:
+        TraceError: If not.
+    """
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return
     entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -109,7 +118,7 @@ def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
     if "length" in entries:
         _check_length(tensor, length)
     size = offset + _bytes(tensor)
-    if offset < 0 or (held.is_file() and size > held.stat().st_size):
+    if offset < 0 or (held.is_file() and size > held.stat().st_size) or (present and not held.is_file()):
         raise TraceError(
             f"the numbers of '{tensor.name}' are said to be bytes {offset} to {size} of '{location}', which has "
             f"{held.stat().st_size if held.is_file() else 'none'}",

@@ -14,7 +14,7 @@ from graphprune.pipeline.quantize import quantize_stage
 from graphprune.pipeline.session import Session
 from graphprune.recipe import load_recipe
 from quant import QuantLinear
-from quant.mix import mix_for_budget
+from quant.mix import mix_for_bits
 
 SETTINGS = "{format: nf4, block_size: 16, rank: 4, iterations: 2, embedding: int8, calibration_windows: 4,"
 
@@ -48,10 +48,10 @@ def test_layers_share_a_budget_of_bits(quantized, monkeypatch, bits, calibrated)
     mixes = []
 
     def kept(*arguments, **settings):
-        mixes.append(mix_for_budget(*arguments, **settings))
+        mixes.append(mix_for_bits(*arguments, **settings))
         return mixes[0]
 
-    monkeypatch.setattr(quantize, "mix_for_budget", kept)
+    monkeypatch.setattr(quantize, "mix_for_bits", kept)
     session, note = quantized(
         f"{{bits: {bits}, block_size: 16, rank: 4, iterations: 1, embedding: int8, "
         f"calibration_windows: {calibrated},"

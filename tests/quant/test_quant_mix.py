@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from quant import LoftQConfig, QuantError, loftq, loftq_model, mix_for_budget, paper_mix
+from quant import LoftQConfig, QuantError, loftq, loftq_model, mix_for_bits, mix_for_budget, paper_mix
 from quant.mix import Choice, _choose, _worth_having
 
 
@@ -58,6 +58,18 @@ def test_the_model_takes_the_mix_and_fits_the_budget() -> None:
         error = min(loftq(weight, choice.format, 2, 1, 64).errors)
         share = weight.numel() / sum(layer.weight.numel() for layer in tree())
         assert choice.loss == pytest.approx(share * error**2, rel=1e-4)
+
+
+def test_bits_a_weight_are_of_the_codes_and_scales_alone() -> None:
+    config = LoftQConfig(rank=2, iterations=1, block_size=64, exclude=("2",))
+    mix = mix_for_bits(tree(), config, 3.6, ["uint2", "uint3", "nf4"])
+    assert set(mix.chosen) == {"0", "1"}
+    assert len({choice.format for choice in mix.chosen.values()}) > 1
+    model, _ = loftq_model(tree(), LoftQConfig(rank=2, block_size=64, exclude=("2",), formats=mix.formats))
+    stored = 8 * sum(model[index].quantized.nbytes for index in range(2))
+    assert 3 < stored / (2 * 32 * 64) <= 3.6
+    with pytest.raises(QuantError, match="0 bits"):
+        mix_for_bits(tree(), config, 0)
 
 
 def test_batches_make_it_the_error_of_the_outputs() -> None:
