@@ -159,6 +159,10 @@ class ExportError(GraphPruneError, RuntimeError):
     exit_code = 4
 
 
+class ExportWarning(UserWarning):
+    """A model was written as ONNX with less than it could have: a weight that a session unpacks to float32."""
+
+
 class VerificationError(GraphPruneError, RuntimeError):
     """A result differs from its reference; the message holds the numbers."""
 

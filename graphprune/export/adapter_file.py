@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import onnxruntime
 from torch import nn
 
 from graphprune.errors import ExportError
-from graphprune.export.modules import adapter_factors
+from graphprune.export.adapters import adapter_factors
+from graphprune.export.packed_weights import label_of
 from graphprune.files import replacing
-from quant import QuantLinear
+from quant import PackedParameter, QuantLinear
 
 BASE = "graphprune.base"
 """Key of a model file's metadata: the digest of the packed weights that its adapters were made for."""
@@ -23,12 +25,11 @@ BASE = "graphprune.base"
 def base_digest(model: nn.Module) -> str:
     """Return the SHA-256 of all packed weights: names, shapes, formats and bytes, adapters left out."""
     digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            quantized = module.quantized
-            digest.update(f"{name} {quantized.shape} {quantized.format} {quantized.block_size}\n".encode())
-            for part in quantized.parts().values():
-                digest.update(part.cpu().contiguous().numpy().tobytes())
+    for name, module in _with_room_for_adapters(model):
+        quantized = module.quantized
+        digest.update(f"{name} {quantized.shape} {quantized.format} {quantized.block_size}\n".encode())
+        for part in quantized.parts().values():
+            digest.update(part.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -36,7 +37,7 @@ def write_adapter(model: nn.Module, path: Path) -> Path:
     """Write a model's adapters as an ``.onnx_adapter`` file for the models exported from the same packed weights.
 
     Args:
-        model: With `QuantLinear` layers.
+        model: With `QuantLinear` layers or packed parameters.
         path: The file.
 
     Returns:
@@ -46,8 +47,8 @@ def write_adapter(model: nn.Module, path: Path) -> Path:
         ExportError: If the model has no adapters.
     """
     parameters: dict[str, npt.NDArray[np.float32]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear) and module.lora_A is not None:
+    for name, module in _with_room_for_adapters(model):
+        if module.lora_A is not None:
             down, up = adapter_factors(module)
             # Contiguous, and held until all is written: ONNX Runtime's values only point into these arrays.
             for factor, array in (("lora_A", down), ("lora_B", up)):
@@ -62,6 +63,12 @@ def write_adapter(model: nn.Module, path: Path) -> Path:
     with replacing(path) as temporary:
         file.export_adapter(str(temporary))
     return path
+
+
+def _with_room_for_adapters(model: nn.Module) -> Iterator[tuple[str, QuantLinear | PackedParameter]]:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear | PackedParameter):
+            yield label_of(name), module
 
 
 def open_adapter(path: Path, model: Path) -> onnxruntime.LoraAdapter:

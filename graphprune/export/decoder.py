@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from graphprune.errors import ExportError
+from graphprune.export.axes import BATCH, SEQUENCE
+from graphprune.export.simplify import name_dimensions
+from graphprune.export.traceable import Traceable
 
-BATCH = "batch_size"
-SEQUENCE = "sequence_length"
+TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 PAST = "past_sequence_length"
 TOTAL = "total_sequence_length"
 
@@ -43,12 +47,9 @@ class CachedDecoder(nn.Module):
         layers: Its cache layers, from `cache_layers`.
     """
 
-    PREFIX = "decoder."
-    """What the model's parameter names begin with here."""
-
     def __init__(self, model: nn.Module, layers: list[CacheLayer]) -> None:
         super().__init__()
-        self.decoder = model
+        self.model = model
         self.layers = layers
 
     def forward(
@@ -58,7 +59,7 @@ class CachedDecoder(nn.Module):
         cache = DynamicCache()
         for layer, key, value in zip(self.layers, past[::2], past[1::2], strict=True):
             cache.update(key, value, layer.index)
-        output = self.decoder(
+        output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -67,6 +68,25 @@ class CachedDecoder(nn.Module):
         )
         present = [output.past_key_values.layers[layer.index] for layer in self.layers]
         return output.logits, [tensor for layer in present for tensor in (layer.keys, layer.values)]
+
+
+def traceable_decoder(model: nn.Module) -> Traceable:
+    """Return a causal language model as the tracer takes it: one graph for prefill and decoding.
+
+    Raises:
+        ExportError: If it does not keep plain keys and values of every token in a `DynamicCache`.
+    """
+    layers = cache_layers(model)
+    return Traceable(
+        module=CachedDecoder(model, layers),
+        arguments=example_inputs(layers),
+        dynamic_shapes=dynamic_shapes(layers),
+        input_names=[*TOKEN_INPUTS, *cache_names(layers, "past_key_values")],
+        output_names=["logits", *cache_names(layers, "present")],
+        name_axes=partial(_name_axes, layers=layers),
+        graph_name="decoder",
+        remedy="check that it runs with a DynamicCache and explicit position_ids",
+    )
 
 
 def cache_layers(model: nn.Module) -> list[CacheLayer]:
@@ -128,3 +148,15 @@ def cache_names(layers: list[CacheLayer], prefix: str) -> list[str]:
 
 def _heads(tensor: Tensor) -> tuple[int, int]:
     return tensor.shape[1], tensor.shape[3]
+
+
+def _name_axes(graph: ir.Graph, layers: list[CacheLayer]) -> None:
+    tokens = (BATCH, SEQUENCE)
+    past: list[tuple[int | str | None, ...]] = []
+    present: list[tuple[int | str | None, ...]] = []
+    for layer in layers:
+        for heads, size in (layer.key, layer.value):
+            past.append((BATCH, heads, PAST, size))
+            present.append((BATCH, heads, TOTAL, size))
+    name_dimensions(graph.inputs[: len(TOKEN_INPUTS) + len(past)], [tokens, (BATCH, TOTAL), tokens, *past])
+    name_dimensions(graph.outputs, [(BATCH, SEQUENCE, None), *present])

@@ -28,6 +28,10 @@ class GraphWriter:
         self._nodes = []
         self._prefix = prefix
 
+    def label(self, prefix: str) -> None:
+        """Let the names of the nodes to come begin with another prefix."""
+        self._prefix = prefix
+
     def node(
         self,
         operator: str,
@@ -43,10 +47,20 @@ class GraphWriter:
         self._nodes.append(added)
         return added.outputs[0]
 
+    def split(self, x: ir.Value, sizes: ir.Value, count: int) -> list[ir.Value]:
+        """Cut (rows, columns) into `count` pieces of these numbers of rows, which may be 0."""
+        label = f"{self._prefix}/Split.{len(self._nodes)}"
+        added = ir.node("Split", [x, sizes], {"axis": 0}, num_outputs=count, name=label)
+        for index, piece in enumerate(added.outputs):
+            piece.name = f"{label}.output.{index}"
+            piece.shape = None if x.shape is None else ir.Shape([None, *x.shape[1:]])
+        self._nodes.append(added)
+        return list(added.outputs)
+
     def initializer(self, name: str, make: Callable[[], np.ndarray]) -> ir.Value:
         """Return the initializer of this name; `make` computes it if the graph does not have it yet."""
         if name not in self._graph.initializers:
-            array = np.ascontiguousarray(make())
+            array = np.asarray(make(), order="C")
             tensor = ir.tensor(array, name=name)
             value = ir.Value(
                 name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
@@ -59,10 +73,21 @@ class GraphWriter:
         name = "shape." + ".".join(str(number) for number in numbers)
         return self.initializer(name, lambda: np.array(numbers, dtype=np.int64))
 
+    def index(self, number: int) -> ir.Value:
+        """Return an int64 scalar."""
+        return self.initializer(f"index.{number}", lambda: np.array(number, dtype=np.int64))
+
     def make_overridable(self, initializer: ir.Value, shape: Sequence[int | str]) -> None:
         """List an initializer among the graph's inputs, so that a session may be fed another value."""
-        initializer.shape = ir.Shape(shape)
-        self._graph.inputs.append(initializer)
+        if initializer not in self._graph.inputs:
+            initializer.shape = ir.Shape(shape)
+            self._graph.inputs.append(initializer)
+
+    def drop_unread(self) -> None:
+        """Remove the nodes of the graph that nothing reads."""
+        for node in reversed(list(self._graph)):
+            if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+                self._graph.remove(node, safe=True)
 
     def replace(self, old: ir.Node, output: ir.Value) -> None:
         """Put the collected nodes in the place of `old`, whose only output becomes `output`."""

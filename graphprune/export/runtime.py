@@ -48,20 +48,9 @@ class OnnxDecoder:
         settings: Mapping[str, str] | None = None,
     ) -> None:
         self.name = str(folder if isinstance(model, bytes) else model)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        if folder is not None:
-            key = "session.model_external_initializers_file_folder_path"
-            options.add_session_config_entry(key, str(folder.resolve()))
-        for key, value in (settings or {}).items():
-            options.add_session_config_entry(key, value)
-        source = model if isinstance(model, bytes) else str(model)
-        with _clear_errors(self.name):
-            self._session = onnxruntime.InferenceSession(source, options, providers=_providers(provider))
-        if _PROVIDERS[provider] not in self._session.get_providers():
-            raise _no_provider(provider, "it could not be started on this machine")
+        self._session = open_session(
+            model, threads=threads, folder=folder, provider=provider, settings=settings
+        )
         inputs = {value.name: value for value in self._session.get_inputs()}
         self._past = [value for name, value in inputs.items() if name.startswith("past_key_values.")]
         self._token_inputs = {"input_ids", "attention_mask", "position_ids"} & inputs.keys()
@@ -105,7 +94,7 @@ class OnnxDecoder:
         tokens = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
         feeds: dict[str, npt.NDArray[Any]] = {name: tokens[name] for name in self._token_inputs}
         feeds |= {value.name: array for value, array in zip(self._past, past, strict=True)}
-        with _clear_errors(self.name):
+        with clear_errors(self.name):
             logits, *present = self._session.run(self._outputs, feeds)
         return np.asarray(logits, dtype=np.float32), present
 
@@ -162,6 +151,37 @@ class OnnxDecoder:
                 )
 
 
+def open_session(
+    model: Path | bytes,
+    *,
+    threads: int | None = None,
+    folder: Path | None = None,
+    provider: Provider = "cpu",
+    settings: Mapping[str, str] | None = None,
+) -> onnxruntime.InferenceSession:
+    """Open a file, or the bytes of its graph, as `OnnxDecoder` does; any model will do.
+
+    Raises:
+        RecipeError: If `provider` is no name of one.
+        SourceError: If it cannot be used here, or the file does not open.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if folder is not None:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(folder.resolve()))
+    for key, value in (settings or {}).items():
+        options.add_session_config_entry(key, value)
+    source = model if isinstance(model, bytes) else str(model)
+    with clear_errors(str(folder if isinstance(model, bytes) else model)):
+        session = onnxruntime.InferenceSession(source, options, providers=_providers(provider))
+    if _PROVIDERS[provider] not in session.get_providers():
+        raise _no_provider(provider, "it could not be started on this machine")
+    return session
+
+
 def _providers(provider: Provider) -> list[str]:
     if provider not in get_args(Provider):
         raise RecipeError.unknown("provider", provider, get_args(Provider))
@@ -178,7 +198,7 @@ def _no_provider(provider: Provider, reason: str) -> SourceError:
 
 
 @contextmanager
-def _clear_errors(name: str) -> Iterator[None]:
+def clear_errors(name: str) -> Iterator[None]:
     """Turn ONNX Runtime's errors, which have no common base, into one of ours."""
     try:
         yield

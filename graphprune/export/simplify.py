@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes import Sequential, common
@@ -26,11 +26,41 @@ def simplify(model: ir.Model) -> None:
     )(model)
 
 
-def name_initializers(graph: ir.Graph, prefix: str) -> None:
-    """Cut `prefix`, the tracer's wrapper, from the initializers' names, which so become the model's own."""
+def name_initializers(graph: ir.Graph, prefix: str, taken: Collection[str]) -> None:
+    """Cut `prefix`, the tracer's wrapper, from the initializers' names, which so become the model's own.
+
+    Args:
+        graph: As it was traced.
+        prefix: What is cut off.
+        taken: Names of inputs and outputs: an initializer that then had one of these keeps the prefix.
+    """
     for value in list(graph.initializers.values()):
         if value.name is not None and value.name.startswith(prefix):
-            value.name = value.name.removeprefix(prefix)
+            name = value.name.removeprefix(prefix)
+            value.name = value.name if name in taken else name
+
+
+def name_ends(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Name inputs and outputs; an output that is an input too, or an output already, is passed on by an Identity.
+
+    Args:
+        graph: The graph.
+        inputs: Names of its first inputs.
+        outputs: Names of all outputs.
+    """
+    seen = set(graph.inputs)
+    for value, name in zip(graph.inputs, inputs, strict=False):
+        value.name = name
+    for index, (value, name) in enumerate(zip(list(graph.outputs), outputs, strict=True)):
+        output = value
+        if value in seen:
+            passed_on = ir.node("Identity", [value], name=f"{name}/Identity")
+            output = passed_on.outputs[0]
+            output.shape, output.type = value.shape, value.type
+            graph.append(passed_on)
+            graph.outputs[index] = output
+        output.name = name
+        seen.add(output)
 
 
 def name_dimensions(values: Sequence[ir.Value], names: list[tuple[int | str | None, ...]]) -> None:

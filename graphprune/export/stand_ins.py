@@ -6,43 +6,54 @@ neither unpacked nor renamed, and `graphprune.export.modules` later writes what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch.onnx
 from torch import Tensor, nn
 
-from quant import QuantEmbedding, QuantLinear
+from quant import PackedParameter, QuantEmbedding, QuantLinear
 
 DOMAIN = "graphprune"
 LINEAR = "Linear"
 EMBEDDING = "Embedding"
+WEIGHT = "Weight"
 
 
-class _LinearStandIn(nn.Module):
-    def __init__(self, name: str, original: nn.Linear | QuantLinear) -> None:
+class _StandIn(nn.Module):
+    """A matrix module whose weight may be read by the code around it, as tied ones are."""
+
+    def __init__(self, name: str, operator: str, shape: Sequence[int]) -> None:
         super().__init__()
         self.name = name
-        self.features = original.out_features
+        self.operator = operator
+        self.shape = tuple(shape)
+        self.features = shape[0] if operator == LINEAR else shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        return opaque(WEIGHT, (), self.shape, module=self.name)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _node(LINEAR, x, self.name, (*x.shape[:-1], self.features))
+        size = x.shape[:-1] if self.operator == LINEAR else x.shape
+        return opaque(self.operator, (x,), (*size, self.features), module=self.name)
 
 
-class _EmbeddingStandIn(nn.Module):
-    def __init__(self, name: str, features: int) -> None:
+class _ParameterStandIn(nn.Module):
+    def __init__(self, name: str, original: PackedParameter) -> None:
         super().__init__()
         self.name = name
-        self.features = features
+        *stack, rows, columns = original.shape
+        self.shape = (*stack, columns, rows) if original.transposed else (*stack, rows, columns)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return _node(EMBEDDING, ids, self.name, (*ids.shape, self.features))
+    def forward(self, original: Tensor) -> Tensor:
+        return opaque(WEIGHT, (), self.shape, module=self.name)
 
 
-def _node(operator: str, x: Tensor, module: str, shape: tuple[int, ...]) -> Tensor:
+def opaque(operator: str, inputs: Sequence[Tensor], shape: Sequence[int], module: str = "") -> Tensor:
     """Become one ONNX node of `DOMAIN`, whose value is of no matter: nothing is computed with it."""
     return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{operator}", (x,), {"module": module}, dtype=torch.float32, shape=shape, version=1
+        f"{DOMAIN}::{operator}", inputs, {"module": module}, dtype=torch.float32, shape=shape, version=1
     )
 
 
@@ -51,13 +62,15 @@ def stand_in(name: str, module: nn.Module) -> nn.Module | None:
 
     Subclasses are traced as they are: they may compute something else than their base.
     """
-    if type(module) is nn.Linear or isinstance(module, QuantLinear):
-        return _LinearStandIn(name, module)
+    if type(module) is nn.Linear:
+        return _StandIn(name, LINEAR, module.weight.shape)
+    if isinstance(module, QuantLinear):
+        return _StandIn(name, LINEAR, module.shape)
     if isinstance(module, QuantEmbedding):
-        return _EmbeddingStandIn(name, module.quantized.shape[1])
+        return _StandIn(name, EMBEDDING, module.shape)
     if type(module) is nn.Embedding and module.max_norm is None:
-        return _EmbeddingStandIn(name, module.embedding_dim)
-    return None
+        return _StandIn(name, EMBEDDING, module.weight.shape)
+    return _ParameterStandIn(name, module) if isinstance(module, PackedParameter) else None
 
 
 @contextmanager

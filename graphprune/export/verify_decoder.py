@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphprune.errors import VerificationError
+from graphprune.export.exact import EXACT, exact_graph
 from graphprune.export.runtime import Array, Integers, OnnxDecoder, Past
 
 Reference = Callable[[list[int]], Array]
@@ -28,11 +29,7 @@ _DECODED = 4
 
 def exact_decoder(path: Path) -> OnnxDecoder:
     """Open a file with every quantized product computed on float32 activations (a slow kernel)."""
-    model = ir.load(path)
-    for node in model.graph:
-        node.attributes.pop("accuracy_level", None)
-    exact = {"session.qdq_matmulnbits_accuracy_level": "0"}
-    return OnnxDecoder(ir.to_proto(model).SerializeToString(), folder=path.parent, settings=exact)
+    return OnnxDecoder(exact_graph(path), folder=path.parent, settings=EXACT)
 
 
 def compare_texts(

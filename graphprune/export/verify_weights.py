@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,8 @@ from torch.nn import functional
 from graphprune.errors import VerificationError
 from graphprune.export.file_weights import file_weights
 from graphprune.export.layouts import rounded_levels
-from quant import QuantEmbedding, QuantizedTensor, QuantLinear, get_format
+from graphprune.export.packed_weights import PackedWeight, packed_weights
+from quant import PackedParameter, QuantizedTensor, QuantLinear, get_format
 
 # A weight is one product of float32 numbers, in another order: a few units in the last place of absmax.
 WEIGHT_TOLERANCE = 5e-7
@@ -27,29 +27,40 @@ def compare_weights(path: Path, model: nn.Module) -> tuple[dict[str, float], dic
     Raises:
         VerificationError: If the file holds a weight that the model does not have.
     """
-    modules = dict(_quantized_modules(model))
+    packed = {weight.label: weight for weight in packed_weights(model)}
     errors: list[float] = []
     roundings: list[float] = []
     rounded: dict[str, nn.Module] = {}
-    for name, found in file_weights(path):
-        module = modules.get(name)
-        if module is None or tuple(found.shape) != module.quantized.shape:
+    for label, found in file_weights(path):
+        expected = packed.get(label)
+        if expected is None or tuple(found.shape) != expected.quantized.shape:
             raise VerificationError(
-                f"{path} holds a {tuple(found.shape)} weight for {name}, which the model does not have",
+                f"{path} holds a {tuple(found.shape)} weight for {label}, which the model does not have",
                 "verify with the very model that was exported",
             )
         weight = torch.from_numpy(found)
-        exact = _relative_to_absmax(weight - module.quantized.dequantize(), module.quantized)
+        exact = _relative_to_absmax(weight - expected.quantized.dequantize(), expected.quantized)
         roundings.append(exact)
         if exact <= WEIGHT_TOLERANCE:
             errors.append(exact)
         else:
-            expected = _with_rounded_levels(module.quantized)
-            errors.append(_relative_to_absmax(weight - expected, module.quantized))
-            rounded[name] = _HeldWeight(weight, module)
+            with_rounded = _with_rounded_levels(expected.quantized)
+            errors.append(_relative_to_absmax(weight - with_rounded, expected.quantized))
+            _hold(rounded, model, expected, weight)
     # numpy's maximum is nan if any number is; Python's is not.
     checks = {"weights": float(np.max(errors)), "weight_rounding": float(np.max(roundings))} if errors else {}
     return checks, rounded
+
+
+def _hold(rounded: dict[str, nn.Module], model: nn.Module, packed: PackedWeight, weight: Tensor) -> None:
+    """Let a module hold the weight, or a stack of which the other matrices are as they were."""
+    original = model.get_submodule(packed.module)
+    if not isinstance(original, PackedParameter):
+        rounded[packed.module] = _HeldWeight(weight, original)
+        return
+    held = rounded.setdefault(packed.module, _HeldParameter(original))
+    if isinstance(held, _HeldParameter):
+        held.put(weight, packed.index)
 
 
 class _HeldWeight(nn.Module):
@@ -57,13 +68,13 @@ class _HeldWeight(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, weight: Tensor, original: QuantLinear | QuantEmbedding) -> None:
+    def __init__(self, weight: Tensor, original: nn.Module) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.original = original
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.original, QuantEmbedding):
+        if not isinstance(self.original, QuantLinear):
             return functional.embedding(x, self.weight)
         y = functional.linear(x, self.weight, self.original.bias)
         if self.original.lora_A is None or self.original.lora_B is None:
@@ -71,10 +82,23 @@ class _HeldWeight(nn.Module):
         return y + self.original.scaling * (x @ self.original.lora_A.T) @ self.original.lora_B.T
 
 
-def _quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantLinear | QuantEmbedding]]:
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantLinear | QuantEmbedding):
-            yield name, module
+class _HeldParameter(nn.Module):
+    """A packed parameter with other dense matrices in the place of its packed ones."""
+
+    def __init__(self, original: PackedParameter) -> None:
+        super().__init__()
+        self.original = original
+        self.dense = original.quantized.dequantize()
+
+    def put(self, weight: Tensor, index: int | None) -> None:
+        """Hold a matrix at its place in the stack, or alone."""
+        self.dense[... if index is None else index] = weight
+
+    def forward(self, original: Tensor) -> Tensor:
+        weight, packed = self.dense, self.original
+        if packed.lora_A is not None and packed.lora_B is not None:
+            weight = weight + packed.scaling * (packed.lora_B @ packed.lora_A)
+        return weight.mT if packed.transposed else weight
 
 
 def _with_rounded_levels(quantized: QuantizedTensor) -> Tensor:

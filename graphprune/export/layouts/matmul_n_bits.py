@@ -62,7 +62,8 @@ def add_block_offsets(
         raise ExportError(f"{weight.name}: the rank of its input is not known", "report this as a bug")
     kept = [0] * (len(x.shape) - 1)
     blocks = writer.node("Reshape", [x, writer.integers(*kept, weight.in_features // block, block)])
-    sums = writer.node("ReduceSum", [blocks, writer.integers(-1)], keepdims=0)
+    # Counted from the front: of no rows at all, ONNX Runtime sums over no axis that is counted from the end.
+    sums = writer.node("ReduceSum", [blocks, writer.integers(len(x.shape))], keepdims=0)
     return writer.node("Add", [y, writer.node("MatMul", [sums, _transposed(writer, offsets)])])
 
 

@@ -1,0 +1,89 @@
+"""From a model to its ONNX graph, in which every matrix is a stand-in."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from graphprune.errors import ExportError
+from graphprune.export.grouped_products import opaque_grouped_products
+from graphprune.export.stand_ins import replaced, stand_in
+from graphprune.export.traceable import Traceable
+
+OPSET = 23
+
+
+def trace_to_onnx(model: nn.Module, traceable: Traceable) -> ir.Model:
+    """Return the ONNX graph of a model in which every matrix is a stand-in.
+
+    Args:
+        model: The model; on return it is as it was.
+        traceable: The same model as the tracer takes it.
+
+    Raises:
+        ExportError: If it cannot be traced or translated.
+    """
+    stand_ins = {name: stand_in(name, module) for name, module in model.named_modules(remove_duplicate=False)}
+    try:
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            _grouped_query_attention(),
+            _layers_as_written(),
+            opaque_grouped_products(),
+            traceable.context(),
+            replaced(model, {name: module for name, module in stand_ins.items() if module is not None}),
+        ):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                traceable.module,
+                traceable.arguments,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=traceable.dynamic_shapes,
+                input_names=traceable.input_names,
+                output_names=traceable.output_names,
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as err:
+        reason = str(err.__cause__ or err).strip().split("\n")[0]
+        raise ExportError(
+            f"the model could not be translated to ONNX opset {OPSET}: {reason}",
+            f"{traceable.remedy}; the cause holds the full trace",
+        ) from err
+    if program is None:
+        raise ExportError("the tracer returned nothing", "report this as a bug")
+    return program.model
+
+
+@contextmanager
+def _layers_as_written() -> Iterator[None]:
+    """Keep torch from computing whole transformer layers by an operator that no other runtime has."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _grouped_query_attention() -> Iterator[None]:
+    """Make transformers hand keys and values un-repeated to attention; ONNX's operator groups queries itself."""
+    name = "TRANSFORMERS_SDPA_FORCE_GQA"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
