@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ class GraphWriter:
         self._graph = graph
         self._nodes: list[ir.Node] = []
         self._prefix = ""
+        self._counts: Counter[str] = Counter()
 
     def begin(self, prefix: str) -> None:
         """Start with no nodes; the names of those to come begin with `prefix`."""
@@ -41,7 +43,7 @@ class GraphWriter:
         **attributes: int | float | str | Sequence[int],
     ) -> ir.Value:
         """Add a node with one output and return the output."""
-        label = f"{self._prefix}/{operator}.{len(self._nodes)}"
+        label = self._label(operator)
         added = ir.node(operator, inputs, attributes, domain=domain, name=label)
         added.outputs[0].name = f"{label}.output"
         self._nodes.append(added)
@@ -49,7 +51,7 @@ class GraphWriter:
 
     def split(self, x: ir.Value, sizes: ir.Value, count: int) -> list[ir.Value]:
         """Cut (rows, columns) into `count` pieces of these numbers of rows, which may be 0."""
-        label = f"{self._prefix}/Split.{len(self._nodes)}"
+        label = self._label("Split")
         added = ir.node("Split", [x, sizes], {"axis": 0}, num_outputs=count, name=label)
         for index, piece in enumerate(added.outputs):
             piece.name = f"{label}.output.{index}"
@@ -100,4 +102,16 @@ class GraphWriter:
             new_values=[output],
         )
         if not output.is_graph_output():
-            output.name = f"{self._prefix}.output"
+            output.name = self._output_name()
+
+    def _label(self, operator: str) -> str:
+        """Return a node's name; a module that computes twice goes on counting."""
+        number = self._counts[self._prefix]
+        self._counts[self._prefix] += 1
+        return f"{self._prefix}/{operator}.{number}"
+
+    def _output_name(self) -> str:
+        name = f"{self._prefix}.output"
+        number = self._counts[name]
+        self._counts[name] += 1
+        return f"{name}.{number}" if number else name

@@ -21,10 +21,11 @@ WEIGHT = "Weight"
 
 
 class _StandIn(nn.Module):
-    """A matrix module whose weight may be read by the code around it, as tied ones are."""
+    """A matrix module whose weight and bias may be read by the code around it, as those of tied ones are."""
 
-    def __init__(self, name: str, operator: str, shape: Sequence[int]) -> None:
+    def __init__(self, name: str, operator: str, shape: Sequence[int], bias: Tensor | None = None) -> None:
         super().__init__()
+        self.bias = bias
         self.name = name
         self.operator = operator
         self.shape = tuple(shape)
@@ -63,9 +64,9 @@ def stand_in(name: str, module: nn.Module) -> nn.Module | None:
     Subclasses are traced as they are: they may compute something else than their base.
     """
     if type(module) is nn.Linear:
-        return _StandIn(name, LINEAR, module.weight.shape)
+        return _StandIn(name, LINEAR, module.weight.shape, module.bias)
     if isinstance(module, QuantLinear):
-        return _StandIn(name, LINEAR, module.shape)
+        return _StandIn(name, LINEAR, module.shape, module.bias)
     if isinstance(module, QuantEmbedding):
         return _StandIn(name, EMBEDDING, module.shape)
     if type(module) is nn.Embedding and module.max_norm is None:

@@ -60,7 +60,24 @@ def trace_to_onnx(model: nn.Module, traceable: Traceable) -> ir.Model:
         ) from err
     if program is None:
         raise ExportError("the tracer returned nothing", "report this as a bug")
+    _write_fixed_sizes(program)
     return program.model
+
+
+def _write_fixed_sizes(program: torch.onnx.ONNXProgram) -> None:
+    """Write sizes that the model allows one value for as numbers; the tracer leaves symbols for them."""
+    constraints = {} if program.exported_program is None else program.exported_program.range_constraints
+    only = {
+        str(symbol): int(sizes.lower) for symbol, sizes in constraints.items() if sizes.lower == sizes.upper
+    }
+    for value in (*program.model.graph.inputs, *program.model.graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [
+                    only.get(str(size.value), size) if isinstance(size, ir.SymbolicDim) else size
+                    for size in value.shape
+                ]
+            )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from graphprune.trace.inputs import keyword_inputs
 
 LARGEST_SHIPPED = 0.1
 
-_Arrays = dict[str, npt.NDArray[Any]]
+_Array = npt.NDArray[Any]
+_Arrays = dict[str, _Array]
 _Sizes = dict[str, int]
 
 
@@ -88,6 +89,7 @@ def measure_outputs(
     training = model.training
     model.eval()
     try:
+        _check_inputs(path, inputs)
         with torch.inference_mode():
             with replaced(model, rounded):
                 exact = open_session(exact_graph(path), folder=path.parent, settings=EXACT)
@@ -100,6 +102,16 @@ def measure_outputs(
         model.train(training)
     rows = [Check(name, error, bound_of(name, tolerance)) for name, error in checks.items()]
     return [*rows, Check("shipped", shipped, LARGEST_SHIPPED)]
+
+
+def _check_inputs(path: Path, inputs: dict[str, Any]) -> None:
+    wanted = [value.name for value in open_session(path).get_inputs()]
+    given = [name for name, _ in named_tensors(inputs)]
+    if sorted(wanted) != sorted(given):
+        raise VerificationError(
+            f"{path} takes the inputs {', '.join(wanted)}, the examples are {', '.join(given)}",
+            "verify with examples like those that it was exported with",
+        )
 
 
 def _compare_sizes(
@@ -149,20 +161,19 @@ def _resized(tensor: Tensor, axes: Mapping[int, str], sizes: _Sizes) -> Tensor:
     return tensor
 
 
-def _reference(model: nn.Module, inputs: dict[str, Any]) -> list[npt.NDArray[Any]]:
+def _reference(model: nn.Module, inputs: dict[str, Any]) -> list[_Array]:
     with without_caches(model):
         return [tensor.numpy() for _, tensor in named_tensors(model(**inputs))]
 
 
 def _run(session: onnxruntime.InferenceSession, inputs: dict[str, Any]) -> _Arrays:
     names = [value.name for value in session.get_outputs()]
-    wanted = {value.name for value in session.get_inputs()}
-    feeds = {name: tensor.numpy() for name, tensor in named_tensors(inputs) if name in wanted}
+    feeds = {name: tensor.numpy() for name, tensor in named_tensors(inputs)}
     with clear_errors("the file"):
         return dict(zip(names, session.run(names, feeds), strict=True))
 
 
-def _worst(found: _Arrays, expected: Sequence[npt.NDArray[Any]], measure: Any) -> float:
+def _worst(found: _Arrays, expected: Sequence[_Array], measure: Callable[[_Array, _Array], float]) -> float:
     """Return the largest error of an output.
 
     Raises:
@@ -181,11 +192,11 @@ def _worst(found: _Arrays, expected: Sequence[npt.NDArray[Any]], measure: Any) -
     return float(np.max(errors))
 
 
-def _largest(found: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:
+def _largest(found: _Array, reference: _Array) -> float:
     return float(np.abs(found - reference).max() / max(float(np.abs(reference).max()), _TINY))
 
 
-def _root_mean_square(found: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:
+def _root_mean_square(found: _Array, reference: _Array) -> float:
     error, size = (float(np.sqrt(np.square(array).mean())) for array in (found - reference, reference))
     return error / max(size, _TINY)
 

@@ -64,22 +64,22 @@ def _hold(rounded: dict[str, nn.Module], model: nn.Module, packed: PackedWeight,
 
 
 class _HeldWeight(nn.Module):
-    """A quantized module with another dense weight in the place of its packed one."""
+    """What a quantized module computes with another dense weight in the place of its packed one."""
 
     weight: Tensor
 
     def __init__(self, weight: Tensor, original: nn.Module) -> None:
         super().__init__()
+        self.embeds = not isinstance(original, QuantLinear)
+        self.bias = original.bias if isinstance(original, QuantLinear) else None
+        if isinstance(original, QuantLinear) and original.lora_A is not None and original.lora_B is not None:
+            weight = weight + original.scaling * (original.lora_B @ original.lora_A)
         self.register_buffer("weight", weight)
-        self.original = original
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(self.original, QuantLinear):
+        if self.embeds:
             return functional.embedding(x, self.weight)
-        y = functional.linear(x, self.weight, self.original.bias)
-        if self.original.lora_A is None or self.original.lora_B is None:
-            return y
-        return y + self.original.scaling * (x @ self.original.lora_A.T) @ self.original.lora_B.T
+        return functional.linear(x, self.weight, self.bias)
 
 
 class _HeldParameter(nn.Module):
