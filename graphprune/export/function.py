@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -26,20 +25,15 @@ class FlatFunction(nn.Module):
     Args:
         model: Any module.
         inputs: Keyword arguments of its forward; what is no tensor in them is the same at every call.
-        free: The free axes of the tensors in them.
     """
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any], free: DynamicAxes) -> None:
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         super().__init__()
         self.model = model
         self._inputs = inputs
-        self._equal = _axes_by_name(free, [name for name, _ in named_tensors(inputs)])
 
     def forward(self, tensors: list[Tensor]) -> list[Tensor]:
         """Call the model with other tensors in the places of its example's."""
-        for (first, axis), *others in self._equal:
-            for other, other_axis in others:
-                torch._check(tensors[first].shape[axis] == tensors[other].shape[other_axis])
         output = self.model(**with_tensors(self._inputs, tensors))
         return [tensor for _, tensor in named_tensors(output)]
 
@@ -64,7 +58,7 @@ def traceable_function(model: nn.Module, examples: Any, dynamic_axes: DynamicAxe
     tensors = widened(tensors, free)
     inputs = with_tensors(inputs, list(tensors.values()))
     return Traceable(
-        module=FlatFunction(model, inputs, free),
+        module=FlatFunction(model, inputs),
         arguments=(list(tensors.values()),),
         dynamic_shapes=([dict.fromkeys(axes, Dim.AUTO) for axes in free.values()],),
         input_names=list(tensors),
@@ -94,12 +88,3 @@ def _output_names(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
     if not names:
         raise ExportError(f"the model returns a {type(output).__name__} without tensors", "return tensors")
     return names
-
-
-def _axes_by_name(free: DynamicAxes, names: list[str]) -> list[list[tuple[int, int]]]:
-    """Return which axes have one name, each as an input's number and an axis."""
-    places: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for name, axes in free.items():
-        for axis, symbol in axes.items():
-            places[symbol].append((names.index(name), axis))
-    return list(places.values())

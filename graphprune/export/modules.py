@@ -156,14 +156,17 @@ class ModuleWriter:
     def _unpacked(self, name: str, module: Packed) -> ir.Value:
         """Return a whole packed weight, or stack of such, as float32 that is worked out when a session opens."""
         *stack, rows, columns = module.shape
-        flat = PackedMatrix.of(weight_name(name), matrix(module, (prod(stack) * rows, columns)))
+        weight = weight_name(name)
+        if any(held.startswith(f"{weight}.codes") for held in self._graph.initializers):
+            weight = f"{weight}.unpacked"  # a product holds the same codes in an order of its own
+        flat = PackedMatrix.of(weight, matrix(module, (prod(stack) * rows, columns)))
         shape = self._writer.integers(*stack, rows, columns)
-        weight = self._writer.node("Reshape", [unpacked(self._writer, flat), shape])
+        whole = self._writer.node("Reshape", [unpacked(self._writer, flat), shape])
         order = [*range(len(stack)), len(stack) + 1, len(stack)]
-        weight = self._writer.node("Transpose", [weight], perm=order)
-        weight = self._adapters.added(label_of(name), module, weight)
+        columns_first = self._writer.node("Transpose", [whole], perm=order)
+        read = self._adapters.added(label_of(name), module, columns_first)
         transposed = isinstance(module, PackedParameter) and module.transposed
-        return weight if transposed else self._writer.node("Transpose", [weight], perm=order)
+        return read if transposed else self._writer.node("Transpose", [read], perm=order)
 
     def _dense_weight(self, name: str, module: nn.Module) -> ir.Value:
         if isinstance(module, QuantLinear):

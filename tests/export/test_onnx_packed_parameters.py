@@ -190,7 +190,33 @@ def test_experts_that_are_read_one_by_one(tmp_path: Path) -> None:
     assert max(found.values()) < 5e-6
 
 
-@pytest.mark.parametrize("place", ["gate_up_proj.2", "down_proj.0"])
+class ReadOtherwise(nn.Module):
+    """Reads that look like the product of a packed matrix, and are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(drawn(3, 64, 32))
+        self.weight = nn.Parameter(drawn(32, 64))
+        self.bias = nn.Parameter(drawn(64))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        across = functional.linear(x, self.stack.transpose(0, 1)[2])
+        all_at_once = x @ self.stack.mT
+        return across, all_at_once, torch.addmm(self.bias, x, self.weight, alpha=0.5, beta=2)
+
+
+def test_what_only_looks_like_a_packed_product_is_none(tmp_path: Path) -> None:
+    model = ReadOtherwise()
+    quant.loftq_parameter_(model, "stack", "int4", 2, 1, 32)
+    quant.loftq_parameter_(model, "weight", "int4", 2, 1, 32, transposed=True)
+    with pytest.warns(ExportWarning) as told:
+        path = export_onnx(model, tmp_path / "onnx", examples=drawn(5, 32))
+    assert {str(warning.message).split()[0] for warning in told} == {"stack", "weight"}
+    checks = verify_outputs(path, model, {"x": drawn(5, 32)})
+    assert max(check.measured for check in checks) < 5e-6
+
+
+@pytest.mark.parametrize("place", ["gate_up_proj.2", "gate_up_proj.0"])
 def test_one_changed_byte_of_an_expert_is_found(experts: Exported, place: str, tmp_path: Path) -> None:
     shutil.copytree(experts.path.parent, tmp_path / "onnx")
     changed = tmp_path / "onnx" / "model.onnx"
