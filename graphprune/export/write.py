@@ -20,6 +20,7 @@ from graphprune.export.graph_writer import MICROSOFT
 from graphprune.export.layouts import Profile, check_profile
 from graphprune.export.modules import ModuleWriter
 from graphprune.export.simplify import forget_traces, name_ends, name_initializers, simplify
+from graphprune.export.skip_norm import fuse_skip_norms
 from graphprune.export.traceable import PREFIX, Traceable
 from graphprune.export.tracing import OPSET, trace_to_onnx
 from graphprune.files import replacing
@@ -96,6 +97,8 @@ def export_onnx(
         onnx = trace_to_onnx(model, traceable)
         name_initializers(onnx.graph, PREFIX, [*traceable.input_names, *traceable.output_names])
         simplify(onnx)
+        if profile != "portable":
+            fuse_skip_norms(onnx.graph)
         ModuleWriter(model, onnx.graph, profile=profile, exact=exact, adapters=adapters).write_all()
     finally:
         model.train(training)
