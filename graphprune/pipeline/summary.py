@@ -103,6 +103,7 @@ def _report(
             "threads": torch.get_num_threads(),
             "new_tokens": recipe.report.speed_tokens,
         },
+        "distance": None,
         "certificate": certificate_row(session.folder),
         "verify": {
             **measured["verification"],

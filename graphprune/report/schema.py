@@ -248,7 +248,7 @@ class Report(Entry):
     bytes: Bytes
     perplexity: Perplexity | None
     tokens_per_second: TokensPerSecond | None
-    distance: Distance | None = None
+    distance: Distance | None
     certificate: Certificate
     verify: Verify
     stages: tuple[Stage, ...]
