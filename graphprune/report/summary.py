@@ -13,6 +13,9 @@ _TITLES = {
     "max_abs_error": "Logits of the ONNX model, greatest difference",
     "top1_agreement": "Next token agrees",
     "kl": "KL divergence of the next-token distribution",
+    "outputs": "Outputs with exact activations, greatest difference over the largest number",
+    "rounding": "Outputs as shipped, likewise",
+    "not_finite": "Whether an output is not finite",
 }
 
 
