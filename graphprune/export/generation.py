@@ -93,6 +93,10 @@ class Generator:
         self._tokens: list[int] = []
         self._past: Past | None = None
 
+    def fits(self, tokens: int) -> bool:
+        """Return whether the context, as far as known, holds so many tokens."""
+        return self._context_length is None or tokens <= self._context_length
+
     def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
         """Yield the continuation of a prompt token by token, up to and with the first end token.
 

@@ -64,6 +64,10 @@ class GraphWriter:
         initializer.shape = ir.Shape(shape)
         self._graph.inputs.append(initializer)
 
+    def insert_before(self, node: ir.Node) -> None:
+        """Put the collected nodes in front of `node`."""
+        self._graph.insert_before(node, self._nodes)
+
     def replace(self, old: ir.Node, output: ir.Value) -> None:
         """Put the collected nodes in the place of `old`, whose only output becomes `output`."""
         ir.convenience.replace_nodes_and_values(

@@ -9,16 +9,19 @@ from onnx_ir.passes import Sequential, common
 from onnxscript import optimizer
 from onnxscript.rewriter import onnx_fusions
 
+from graphprune.export.attention import fuse_attention
+
 # Only shapes and other small things are folded: what is larger is data, and keeps its name.
 _LARGEST_FOLDED = 1024
 
 
 def simplify(model: ir.Model) -> None:
-    """Fold constants and fuse operators (RMSNormalization, RotaryEmbedding) while shapes are known."""
+    """Fold constants and fuse operators (RMSNormalization, RotaryEmbedding, Attention) while shapes are known."""
     optimizer.optimize_ir(
         model, onnx_shape_inference=False, input_size_limit=_LARGEST_FOLDED, output_size_limit=_LARGEST_FOLDED
     )
     onnx_fusions.fuse(model)
+    fuse_attention(model.graph)
     Sequential(
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),

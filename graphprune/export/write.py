@@ -30,6 +30,7 @@ from graphprune.export.graph_writer import MICROSOFT
 from graphprune.export.layouts import Profile, check_profile
 from graphprune.export.modules import Adapters, ModuleWriter, check_adapters
 from graphprune.export.simplify import forget_traces, name_dimensions, name_initializers, simplify
+from graphprune.export.skip_norm import fuse_skip_norms
 from graphprune.export.stand_ins import replaced, stand_in
 from graphprune.files import replacing
 from quant import QuantLinear
@@ -88,6 +89,8 @@ def export_onnx(
         onnx = _trace(model, layers)
         name_initializers(onnx.graph, CachedDecoder.PREFIX)
         simplify(onnx)
+        if profile != "portable":
+            fuse_skip_norms(onnx.graph)
         ModuleWriter(model, onnx.graph, profile=profile, exact=exact, adapters=adapters).write_all()
     finally:
         model.train(training)

@@ -18,6 +18,8 @@ EXIT = "/exit"
 class Chat:
     """Answers turn by turn; a model whose tokenizer has no chat template completes each text by itself.
 
+    Where question and answer would not fit into the model's context, the oldest turns are forgotten.
+
     Args:
         generator: The model.
         tokenizer: A transformers tokenizer of its, of the fast kind.
@@ -46,14 +48,22 @@ class Chat:
             yield from self._write(self._tokenizer(text)["input_ids"])
             return
         self._messages.append({"role": "user", "content": text})
-        prompt = self._tokenizer.apply_chat_template(
-            self._messages, add_generation_prompt=True, tokenize=False
-        )
+        prompt_ids = self._prompt_ids()
+        while len(self._messages) > 1 and not self._generator.fits(len(prompt_ids) + self._max_new_tokens):
+            del self._messages[:2]
+            prompt_ids = self._prompt_ids()
         pieces = []
-        for piece in self._write(self._tokenizer(prompt, add_special_tokens=False)["input_ids"]):
+        for piece in self._write(prompt_ids):
             pieces.append(piece)
             yield piece
         self._messages.append({"role": "assistant", "content": "".join(pieces)})
+
+    def _prompt_ids(self) -> list[int]:
+        prompt = self._tokenizer.apply_chat_template(
+            self._messages, add_generation_prompt=True, tokenize=False
+        )
+        found: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return found
 
     def _write(self, prompt_ids: list[int]) -> Iterator[str]:
         stream = DecodeStream(ids=prompt_ids, skip_special_tokens=True)

@@ -93,17 +93,23 @@ def test_packed_weights_take_their_bits_and_nothing_else(packed: Exported) -> No
 def test_attention_norms_and_rotary_embeddings_are_single_operators(packed: Exported) -> None:
     count = Counter(node.op_type for node in load(packed.path).graph.node)
     assert count["Attention"] == LAYERS
-    assert count["RMSNormalization"] == 2 * LAYERS + 1
+    assert count["SkipSimplifiedLayerNormalization"] == 2 * LAYERS
+    assert count["RMSNormalization"] == 1  # the first, which no sum comes before
+    assert count["Transpose"] == 0
     assert count["RotaryEmbedding"] == 2 * LAYERS
     assert count["MatMulNBits"] == 7 * LAYERS + 1
     assert count["Softmax"] == 0
 
 
 def test_keys_and_values_reach_attention_without_being_repeated(dense: Exported) -> None:
-    graph = load(dense.path).graph
-    for node in graph.node:
-        if node.op_type == "Attention":
-            assert all(name.startswith("present.") for name in node.input[1:3])
+    attentions = [node for node in load(dense.path).graph.node if node.op_type == "Attention"]
+    for index, node in enumerate(attentions):
+        assert list(node.input[4:]) == [f"past_key_values.{index}.{part}" for part in ("key", "value")]
+        assert list(node.output[1:]) == [f"present.{index}.{part}" for part in ("key", "value")]
+        heads = {attribute.name: attribute.i for attribute in node.attribute}
+        config = dense.model.config
+        assert heads["kv_num_heads"] == config.num_key_value_heads < config.num_attention_heads
+        assert heads["q_num_heads"] == config.num_attention_heads
 
 
 def test_the_tied_table_is_stored_once(packed: Exported, dense: Exported) -> None:

@@ -128,8 +128,8 @@ def test_a_cache_that_is_used_wrongly_is_found(packed: Exported, copy: Path, fau
         count_positions_from_0(model, inputs["position_ids"])
     elif fault == "past":
         for node in model.graph:
-            if node.op_type == "Concat" and node.outputs[0].name == "present.1.value":
-                node.replace_input_with(0, inputs["past_key_values.1.key"])
+            if "present.1.value" in [value.name for value in node.outputs]:
+                node.replace_input_with(5, inputs["past_key_values.1.key"])
     else:
         for node in model.graph:
             if node.op_type == "Attention":

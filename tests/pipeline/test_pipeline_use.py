@@ -281,6 +281,24 @@ def test_a_second_turn_computes_what_is_new_alone(talking, monkeypatch):
     assert given == [5, 1, 1, 7, 1, 1]  # "</s> <s> a dog </s> <s>" after the token that was not fed yet
 
 
+def test_the_oldest_turns_are_forgotten_where_the_context_is_full(talking):
+    """All that fit into 60 tokens with an answer of 6 are remembered, and no others."""
+    lines = [f"the cat {word}" for word in ("sat", "on", "a", "mat", "the", "dog") * 2]
+    answers = turns(talking, lines).split("\n")
+    fitting = []
+    for index, line in enumerate(lines):
+        for first in range(index + 1):
+            earlier = zip(lines[first:index], answers[first:index], strict=True)
+            history = "".join(f"<s> {asked} </s> <s> {said} </s> " for asked, said in earlier)
+            prompt = f"{history}<s> {line} </s> <s> "
+            if len(talking.tokenizer(prompt)["input_ids"]) + 6 <= 60:
+                break
+        fitting.append(index - first)
+        assert by_hand(talking, prompt) == answers[index]
+    assert fitting[:3] == [0, 1, 2]
+    assert fitting[-1] < len(lines) - 2
+
+
 def test_without_a_template_a_line_is_gone_on_with(plain):
     exported = find_exported(plain[1])
     for line in ("the cat sat", "tree"):
