@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from graphprune.coupling.groups import NodeGroup as NodeGroup
     from graphprune.coupling.groups import node_groups as node_groups
     from graphprune.coupling.rules import rule as rule
+    from graphprune.export.quantize_onnx import quantize_onnx as quantize_onnx
     from graphprune.prune.cubic_schedule import CubicSchedule as CubicSchedule
     from graphprune.prune.lhspg import LHSPG as LHSPG
     from graphprune.prune.loraprune import LoRAPrune as LoRAPrune
@@ -42,6 +43,7 @@ _HOME = {
     "node_groups": "graphprune.coupling.groups",
     "param_groups": "graphprune.prune.param_groups",
     "prune_onnx": "graphprune.prune.onnx",
+    "quantize_onnx": "graphprune.export.quantize_onnx",
     "rule": "graphprune.coupling.rules",
     "shrink": "graphprune.shrink",
     "shrink_optimizer": "graphprune.shrink.optimizer",
@@ -62,6 +64,7 @@ __all__ = [
     "node_groups",
     "param_groups",
     "prune_onnx",
+    "quantize_onnx",
     "rule",
     "shrink",
     "shrink_optimizer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -86,7 +86,8 @@ def inspect(
 _Recipe = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
 _Output = Annotated[Path, typer.Option("-o", "--output", help="The run folder; a run in it is resumed.")]
 _Model = Annotated[
-    str | None, typer.Option(help="A transformers folder, a hub id, or demo; replaces the recipe's.")
+    str | None,
+    typer.Option(help="A transformers folder, a hub id, demo, or a .onnx file; replaces the recipe's."),
 ]
 _Fresh = Annotated[bool, typer.Option("--fresh", help="Discard an earlier run in the folder.")]
 _Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print what is there at the end only.")]
@@ -94,15 +95,28 @@ _Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print what is there
 
 @app.command()
 def run(
-    recipe: _Recipe, output: _Output, model: _Model = None, fresh: _Fresh = False, quiet: _Quiet = False
+    output: _Output,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="The recipe, a YAML file; a .onnx file can do without.")
+    ] = None,
+    model: _Model = None,
+    train: Annotated[
+        str | None, typer.Option(help="Text to learn from or calibrate on; replaces the recipe's.")
+    ] = None,
+    evaluate: Annotated[str | None, typer.Option(help="Text to judge by; replaces the recipe's.")] = None,
+    fresh: _Fresh = False,
+    quiet: _Quiet = False,
 ) -> None:
     """Prune, quantize, recover, export and report, all in one run."""
+    if recipe is None and model is None:
+        raise typer.BadParameter("Missing argument 'RECIPE' (or --model with a .onnx file).")
     console, reporter = _prepared(recipe, quiet)
     from graphprune.pipeline.run import run as run_recipe
     from graphprune.report.terminal import summary_table
 
-    command = _command("run", recipe, output, model)
-    report = run_recipe(recipe, output, reporter, model=model, fresh=fresh, command=command)
+    texts = {"train": train, "evaluate": evaluate}
+    command = _command("run", recipe, output, model, texts)
+    report = run_recipe(recipe, output, reporter, model=model, fresh=fresh, command=command, **texts)
     console.print()
     console.print(summary_table(report))
     for generation in report.generations:
@@ -269,19 +283,28 @@ def _console() -> Console:
     return Console()
 
 
-def _prepared(recipe: Path, quiet: bool) -> tuple[Console, Reporter]:
+def _prepared(recipe: Path | None, quiet: bool) -> tuple[Console, Reporter]:
     """Check the recipe, then have other libraries keep quiet, and return where to tell results and progress."""
     from graphprune.recipe import load_recipe
 
-    load_recipe(recipe)  # a typing error is told at once, before torch is imported
+    if recipe is not None:
+        load_recipe(recipe)  # a typing error is told at once, before torch is imported
     from graphprune.pipeline.progress import Reporter
 
     console = _console()
     return console, Reporter(None if quiet else console)
 
 
-def _command(name: str, recipe: Path, output: Path, model: str | None) -> str:
-    words = ["graphprune", name, str(recipe), "-o", str(output), *(["--model", model] if model else [])]
+def _command(
+    name: str,
+    recipe: Path | None,
+    output: Path,
+    model: str | None,
+    options: Mapping[str, str | None] | None = None,
+) -> str:
+    given = {"model": model, **(options or {})}
+    words = ["graphprune", name, *([str(recipe)] if recipe else []), "-o", str(output)]
+    words += [word for key, value in given.items() if value for word in (f"--{key}", value)]
     return shlex.join(words)
 
 

@@ -35,13 +35,33 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    """What to compress."""
+    """What to compress; a word or path in the section's place is its `id`."""
 
-    id: str = Field(default="demo", description="a transformers folder, a hub id, or demo")
+    id: str = Field(default="demo", description="a transformers folder, a hub id, demo, or a .onnx file")
+    tokenizer: str | None = Field(
+        default=None, description="folder or tokenizer.json of a .onnx file that has none beside it"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_its_id(cls, given: Any) -> Any:
+        return {"id": given} if isinstance(given, str) else given
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether it is an ONNX file, of which no torch module is built."""
+        return self.id.endswith(".onnx")
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _others_bring_theirs(cls, tokenizer: str | None, info: ValidationInfo) -> str | None:
+        if tokenizer is not None and not info.data.get("id", "").endswith(".onnx"):
+            raise ValueError("only a .onnx file is told its tokenizer; others bring theirs")
+        return tokenizer
 
 
 class Data(_Section):
-    """Text to learn from, and other text to judge by."""
+    """Text to learn from, and other text to judge by; an ONNX file that reads none goes without."""
 
     train: str = Field(description="file (.txt, .jsonl, also .gz) or hub data set")
     evaluate: str = Field(description="likewise, disjoint from train")
@@ -50,6 +70,9 @@ class Data(_Section):
     train_windows: Positive | None = Field(default=None, description="at most; null for all that fit")
     evaluate_window: Positive = 512
     evaluate_windows: Positive = Field(default=16, description="at most")
+    inputs: str | None = Field(
+        default=None, description="for an ONNX file that reads no text: .npz of rows by input; the last judge"
+    )
 
 
 class Training(_Section):
@@ -242,6 +265,10 @@ class Quantize(_Section):
         default="int8", description="format of a tied embedding; null keeps it float32"
     )
 
+    exclude: tuple[str, ...] = Field(
+        default=(), description="regular expressions; weights in whose names one is found stay float"
+    )
+
     @model_validator(mode="after")
     def _nothing_is_set_in_vain(self) -> Self:
         idle = [("bits", "mix_formats")] if self.bits is None else []
@@ -340,28 +367,54 @@ class Recipe(_Section):
     export: Export = Export()
     report: Report = Report()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_an_onnx_file_is_pruned_by(cls, given: Any) -> Any:
+        model = given.get("model") if isinstance(given, dict) else None
+        name = model.get("id") if isinstance(model, dict) else model
+        if not isinstance(name, str) or not name.endswith(".onnx"):
+            return given
+        own = {section: given.get(section, {}) for section in _OF_ONNX}
+        defaults = {name: {**_OF_ONNX[name], **keys} for name, keys in own.items() if isinstance(keys, dict)}
+        return {**given, **defaults}
 
-def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    @model_validator(mode="after")
+    def _arrays_are_for_onnx_files(self) -> Self:
+        if self.data.inputs is not None and not self.model.is_onnx:
+            raise ValueError("data.inputs is for an ONNX file; this model reads text")
+        return self
+
+
+_OF_ONNX = {"data": {"train": "", "evaluate": ""}, "prune": {"method": "one_shot", "saliency": "wanda"}}
+"""Defaults of an ONNX file: it cannot be trained, and need not read text."""
+
+
+def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        path: The YAML file.
+        path: The YAML file; None for a recipe of which everything is left at its default.
         overrides: Values by dotted key that replace the file's, such as ``{"model.id": "./my-model"}``.
 
     Raises:
         RecipeError: If the file cannot be read, or a key or value is wrong; the message names line and key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}", "give a YAML file") from error
-    content, lines = _parse(text, path)
+    content, lines = _read(path) if path is not None else ({"graphprune": 1}, {})
+    path = path or Path("command line")
     for key, value in (overrides or {}).items():
         _set(content, key, value)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise _explain(error, path, lines) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}", "give a YAML file") from error
+    return _parse(text, path)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -413,7 +466,9 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
-        content = content.setdefault(section, {})
+        inner = content.get(section)
+        content[section] = inner if isinstance(inner, dict) else {}
+        content = content[section]
     content[last] = value
 
 

@@ -32,14 +32,17 @@ class OnnxSession:
 
     Args:
         model: The model, of any size: its weights go through a temporary file, as external data.
+        settings: Entries of the session's configuration.
 
     Raises:
         VerificationError: If onnxruntime does not take it.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, settings: Mapping[str, str] | None = None) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        for key, value in (settings or {}).items():
+            options.add_session_config_entry(key, value)
         with TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             ir.save(model, path, external_data="model.onnx.data")

@@ -39,13 +39,13 @@ def compare_weights(path: Path, model: nn.Module) -> tuple[dict[str, float], dic
                 "verify with the very model that was exported",
             )
         weight = torch.from_numpy(found)
-        exact = _relative_to_absmax(weight - expected.quantized.dequantize(), expected.quantized)
+        exact = relative_to_absmax(weight - expected.quantized.dequantize(), expected.quantized)
         roundings.append(exact)
         if exact <= WEIGHT_TOLERANCE:
             errors.append(exact)
         else:
-            with_rounded = _with_rounded_levels(expected.quantized)
-            errors.append(_relative_to_absmax(weight - with_rounded, expected.quantized))
+            with_rounded = with_rounded_levels(expected.quantized)
+            errors.append(relative_to_absmax(weight - with_rounded, expected.quantized))
             _hold(rounded, model, expected, weight)
     # numpy's maximum is nan if any number is; Python's is not.
     checks = {"weights": float(np.max(errors)), "weight_rounding": float(np.max(roundings))} if errors else {}
@@ -101,13 +101,13 @@ class _HeldParameter(nn.Module):
         return weight.mT if packed.transposed else weight
 
 
-def _with_rounded_levels(quantized: QuantizedTensor) -> Tensor:
+def with_rounded_levels(quantized: QuantizedTensor) -> Tensor:
     """Dequantize with the levels that an 8-bit grid has nearest to the format's own."""
     levels = torch.from_numpy(rounded_levels(get_format(quantized.format).levels.numpy()))
     return levels[quantized.unpacked_codes().long()] * _of_each(quantized, quantized.absmax)
 
 
-def _relative_to_absmax(difference: Tensor, quantized: QuantizedTensor) -> float:
+def relative_to_absmax(difference: Tensor, quantized: QuantizedTensor) -> float:
     """Return the largest difference over its block's absmax, in affine formats over absmax and offset together."""
     size = _of_each(quantized, quantized.absmax)
     if quantized.offsets is not None:

@@ -66,7 +66,7 @@ def open_inputs(recipe: Recipe, base: Path) -> Inputs:
         RecipeError: If a saliency or a format does not exist, texts overlap or have too few windows, or recovery has
             too few steps.
     """
-    _check_names(recipe)
+    check_names(recipe)
     data = recipe.data
     train_text = read_text(data.train, data.field, base)
     evaluate_text = read_text(data.evaluate, data.field, base)
@@ -117,7 +117,8 @@ def _open_sources(
     return sources, documents
 
 
-def _check_names(recipe: Recipe) -> None:
+def check_names(recipe: Recipe) -> None:
+    """Raise a RecipeError for the first name in a recipe that nothing has."""
     method_named(recipe.prune.method)
     saliency_named(recipe.prune.saliency)
     check_cost(recipe.prune.budget, "prune.budget")
@@ -168,10 +169,11 @@ def _model_stamp(source: ModelSource) -> str:
         return source.location
     folder = Path(source.location)
     files = sorted(folder.glob("*.safetensors"))
-    sizes = " ".join(f"{file.name}:{file.stat().st_size}:{_first_megabyte(file)}" for file in files)
+    sizes = " ".join(f"{file.name}:{file.stat().st_size}:{first_megabyte(file)}" for file in files)
     return (folder / "config.json").read_text(encoding="utf-8") + sizes
 
 
-def _first_megabyte(file: Path) -> str:
+def first_megabyte(file: Path) -> str:
+    """Return a hash of a file's beginning."""
     with file.open("rb") as opened:
         return hashlib.sha256(opened.read(1 << 20)).hexdigest()

@@ -40,7 +40,7 @@ def quantize_stage(session: Session) -> str:
         scale_storage=settings.scale_storage,
         propagation=settings.propagation,
         seed=session.recipe.seed,
-        exclude=_untied_head(model),
+        exclude=(*_untied_head(model), *settings.exclude),
         embedding_format=settings.embedding,
     )
     count = settings.calibration_windows

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from graphprune.errors import RunFolderError, TrainingError
+from graphprune.errors import RecipeError, RunFolderError, TrainingError
 from graphprune.files import remove, write_text
 from graphprune.pipeline import stages
 from graphprune.pipeline.folder import RunFolder, StageRecord, open_run_folder
-from graphprune.pipeline.inputs import open_inputs
+from graphprune.pipeline.inputs import Inputs, open_inputs
 from graphprune.pipeline.measure import Stopwatch
+from graphprune.pipeline.onnx_inputs import open_onnx_inputs
+from graphprune.pipeline.onnx_session import OnnxRun
+from graphprune.pipeline.onnx_stages import ONNX_OUTPUTS, ONNX_STAGES
+from graphprune.pipeline.onnx_summary import onnx_report_stage
 from graphprune.pipeline.progress import Reporter
 from graphprune.pipeline.quantize import quantize_stage
 from graphprune.pipeline.session import Session
@@ -54,23 +58,29 @@ STAGES: dict[str, Callable[[Session], str]] = {
     "speed": stages.speed_stage,
 }
 
+AnySession = Session | OnnxRun
+
 
 def run(
-    recipe_path: Path,
+    recipe_path: Path | None,
     output: Path,
     reporter: Reporter,
     *,
     model: str | None = None,
+    train: str | None = None,
+    evaluate: str | None = None,
     fresh: bool = False,
     command: str = "graphprune run",
 ) -> Report:
     """Run a recipe.
 
     Args:
-        recipe_path: The YAML file.
+        recipe_path: The YAML file; None for an ONNX file of which all settings are left at their defaults.
         output: The run folder; a run in it that began with the same model, text and pruning is resumed.
         reporter: Whom to tell.
         model: Replaces the recipe's model.
+        train: Replaces the recipe's text to learn from.
+        evaluate: Replaces its text to judge by.
         fresh: Whether to discard an earlier run in `output`.
         command: For the report: how to do it again.
 
@@ -80,10 +90,14 @@ def run(
     Raises:
         GraphPruneError: With what is wrong and what to do. Bad input is found before the folder is touched.
     """
-    with _opened(recipe_path, output, reporter, model, fresh) as session:
+    replaced = {"model.id": model, "data.train": train, "data.evaluate": evaluate}
+    with _opened(recipe_path, output, reporter, replaced, fresh) as session:
         order = stage_order(session.recipe)
         reused = _do_all(session, order)
-        report_stage(session, order, reused, command)
+        if isinstance(session, OnnxRun):
+            onnx_report_stage(session, order, reused, command)
+        else:
+            report_stage(session, order, reused, command)
     return read_report(output / "report.json")
 
 
@@ -112,7 +126,12 @@ def run_until(
     Raises:
         GraphPruneError: With what is wrong and what to do. Bad input is found before the folder is touched.
     """
-    with _opened(recipe_path, output, reporter, model, fresh) as session:
+    if load_recipe(recipe_path, {"model.id": model} if model else None).model.is_onnx:
+        raise RecipeError(
+            f"there is no stage '{last}' for an ONNX file, which is pruned and quantized at once",
+            "use graphprune run; the pruned float model is in the run folder's model/",
+        )
+    with _opened(recipe_path, output, reporter, {"model.id": model}, fresh) as session:
         order = stage_order(session.recipe)
         _do_all(session, order[: order.index(last) + 1])
         return {**session.folder.manifest["measured"]}
@@ -120,27 +139,46 @@ def run_until(
 
 def stage_order(recipe: Recipe) -> list[str]:
     """Return the names of the stages in the order in which a recipe has them done."""
-    order = list(STAGES)
-    if recipe.recover.base == "pruned":
+    order = list(_stages(recipe))
+    if not recipe.model.is_onnx and recipe.recover.base == "pruned":
         order.remove("recover")
         order.insert(order.index("quantize"), "recover")
     return order
 
 
+def _stages(recipe: Recipe) -> Mapping[str, Callable[[Any], str]]:
+    return ONNX_STAGES if recipe.model.is_onnx else STAGES
+
+
 @contextmanager
 def _opened(
-    recipe_path: Path, output: Path, reporter: Reporter, model: str | None, fresh: bool
-) -> Iterator[Session]:
+    recipe_path: Path | None,
+    output: Path,
+    reporter: Reporter,
+    replaced: Mapping[str, str | None],
+    fresh: bool,
+) -> Iterator[AnySession]:
     _check_alone()
-    recipe = load_recipe(recipe_path, {"model.id": model} if model else None)
-    reporter.say(f"recipe {recipe_path}, model {recipe.model.id}, into {output}")
-    inputs = open_inputs(recipe, recipe_path.resolve().parent)
+    if recipe_path is None and not str(replaced["model.id"]).endswith(".onnx"):
+        raise RecipeError(
+            f"without a recipe only a .onnx file can be run, and the model is {replaced['model.id']}",
+            "give a recipe, such as examples/recipes/demo.yaml",
+        )
+    recipe = load_recipe(recipe_path, {key: value for key, value in replaced.items() if value is not None})
+    reporter.say(f"recipe {recipe_path or 'of defaults'}, model {recipe.model.id}, into {output}")
+    base = recipe_path.resolve().parent if recipe_path is not None else Path.cwd()
+    inputs = open_onnx_inputs(recipe, base) if recipe.model.is_onnx else open_inputs(recipe, base)
     with open_run_folder(output, inputs.fingerprint, fresh=fresh) as folder:
-        write_text(folder / "recipe.input.yaml", recipe_path.read_text(encoding="utf-8"))
+        if recipe_path is not None:
+            write_text(folder / "recipe.input.yaml", recipe_path.read_text(encoding="utf-8"))
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
-        folder.remember(recipe_folder=str(recipe_path.resolve().parent))
+        folder.remember(recipe_folder=str(base))
         with reporter.logging_to(folder / "log.txt"):
-            session = Session(inputs, folder, reporter)
+            session: AnySession = (
+                Session(inputs, folder, reporter)
+                if isinstance(inputs, Inputs)
+                else OnnxRun(inputs, folder, reporter)
+            )
             _forget_changed(session)
             _forget_lost(folder, recipe)
             yield session
@@ -158,12 +196,12 @@ def _check_alone() -> None:
             )
 
 
-def _do_all(session: Session, names: list[str]) -> list[str]:
+def _do_all(session: AnySession, names: list[str]) -> list[str]:
     """Do those of the stages that are not done yet; return the others."""
     folder = session.folder
     reused = [name for name in names if folder.done(name)]
     for name in names:
-        _do(name, STAGES[name], session)
+        _do(name, _stages(session.recipe)[name], session)
     missing = [name for name in names if not folder.done(name)]
     if missing:
         raise RunFolderError(f"stages were left out: {', '.join(missing)}", "run again")
@@ -172,7 +210,7 @@ def _do_all(session: Session, names: list[str]) -> list[str]:
 
 def _outputs(recipe: Recipe, name: str) -> tuple[str, ...]:
     outputs = OUTPUTS_ON_PRUNED if recipe.recover.base == "pruned" else OUTPUTS
-    return outputs.get(name, ())
+    return (ONNX_OUTPUTS if recipe.model.is_onnx else outputs).get(name, ())
 
 
 def _forget_lost(folder: RunFolder, recipe: Recipe) -> None:
@@ -184,7 +222,7 @@ def _forget_lost(folder: RunFolder, recipe: Recipe) -> None:
             return
 
 
-def _forget_changed(session: Session) -> None:
+def _forget_changed(session: AnySession) -> None:
     """Forget the stages that read something else now than they did, and remove what they left."""
     folder, stamps = session.folder, _stamps(session)
     changed = [name for name in stamps if (record := folder.done(name)) and record.stamp != stamps[name]]
@@ -200,7 +238,7 @@ def _forget_changed(session: Session) -> None:
     session.reporter.say(f"the recipe has changed for {', '.join(changed)}: done again")
 
 
-def _stamps(session: Session) -> dict[str, str]:
+def _stamps(session: AnySession) -> dict[str, str]:
     inputs = session.inputs
     return stage_stamps(session.recipe, inputs.fingerprint, inputs.sections, stage_order(session.recipe))
 
@@ -211,7 +249,7 @@ def _with_rewritten(names: list[str], recipe: Recipe) -> list[str]:
     return [name for name in stage_order(recipe) if name in again]
 
 
-def _do(name: str, stage: Callable[[Session], str], session: Session) -> None:
+def _do(name: str, stage: Callable[[Any], str], session: AnySession) -> None:
     folder: RunFolder = session.folder
     record = folder.done(name)
     if record:

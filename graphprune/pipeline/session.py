@@ -19,6 +19,7 @@ from graphprune.shrink.load import load
 from graphprune.source.adapters import attach_adapters
 from graphprune.source.model import example_inputs, load_model
 from graphprune.source.perplexity import perplexity, torch_logits
+from graphprune.source.text import Windows
 from graphprune.trace.model import trace
 from quant.storage import load_quantized_
 
@@ -126,15 +127,7 @@ class Session:
 
     def judge_logits(self, logits: Callable[[torch.Tensor], torch.Tensor], title: str) -> float:
         """Return the perplexity on the evaluation text of whatever gives logits."""
-        windows, done = self.inputs.evaluate, 0
-        with self.reporter.task(f"perplexity, {title}", len(windows)) as tick:
-
-            def moved(count: int) -> None:
-                nonlocal done
-                done += count
-                tick(done, "windows")
-
-            return perplexity(logits, windows, 2, moved)
+        return judged(self.reporter, self.inputs.evaluate, logits, title)
 
     def write(self, model: Any, prompt: str) -> str:
         """Return the greedy continuation of a prompt by a torch model."""
@@ -156,3 +149,25 @@ class Session:
     def path(self, name: str) -> Path:
         """Return a path in the run folder."""
         return self.folder / name
+
+
+def judged(
+    reporter: Reporter, windows: Windows, logits: Callable[[torch.Tensor], torch.Tensor], title: str
+) -> float:
+    """Return a perplexity, and tell how far its measurement is.
+
+    Args:
+        reporter: Whom to tell.
+        windows: Of the text.
+        logits: From token ids (batch, window) to logits (batch, window, vocabulary).
+        title: Of what is measured, for people.
+    """
+    done = 0
+    with reporter.task(f"perplexity, {title}", len(windows)) as tick:
+
+        def moved(count: int) -> None:
+            nonlocal done
+            done += count
+            tick(done, "windows")
+
+        return perplexity(logits, windows, 2, moved)

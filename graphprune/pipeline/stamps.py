@@ -23,6 +23,11 @@ _READS: Mapping[str, tuple[str, ...]] = {
 }
 # The other way round where adapters are trained on the float model.
 _READS_ON_PRUNED = {**_READS, "quantize": ("quantize", "recover"), "recover": ("recover",)}
+_READS_OF_ONNX = {
+    "evaluate": ("report",),
+    "export": ("quantize", "export"),
+    "speed": ("quantize", "export", "report"),
+}
 
 
 def start_digest(recipe: Recipe, *further: str | bytes) -> str:
@@ -52,6 +57,7 @@ def stage_stamps(
         stages: Names of the stages.
     """
     reads = _READS_ON_PRUNED if recipe.recover.base == "pruned" else _READS
+    reads = _READS_OF_ONNX if recipe.model.is_onnx else reads
     return {
         stage: _digest([start, *(sections[section] for section in reads.get(stage, ()))]) for stage in stages
     }

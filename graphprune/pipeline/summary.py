@@ -17,6 +17,7 @@ import torch
 
 from graphprune.export.verify import LARGEST_KL, LEAST_TOP1, bound_of
 from graphprune.files import size_of, write_json
+from graphprune.pipeline.folder import RunFolder
 from graphprune.pipeline.session import Session
 from graphprune.prune.timing import processor
 from graphprune.report.group_page import main_picture
@@ -25,6 +26,7 @@ from graphprune.report.pictures import training_picture, widths_picture
 from graphprune.report.recovery_picture import recovery_picture
 from graphprune.report.schema import Report
 from graphprune.shrink.load import is_uneven
+from graphprune.source.text import Windows
 
 _PACKAGES = (
     "graphprune",
@@ -77,7 +79,6 @@ def _report(
     session: Session, groups: list[dict[str, Any]], order: list[str], reused: list[str], command: str
 ) -> Report:
     measured = session.folder.manifest["measured"]
-    certificate = json.loads(session.path("graph/certificate.json").read_text(encoding="utf-8"))
     recipe, before, after = session.recipe, measured["parameters"], measured["parameters_after"]
     content = {
         "schema": "graphprune.report/1",
@@ -93,7 +94,7 @@ def _report(
             "asked_share": recipe.prune.remove,
             "removed_share": 1 - after / before,
         },
-        "budget": _budget(session),
+        "budget": budget_row(session.folder),
         "bytes": _bytes(session, before),
         "perplexity": _perplexity(session),
         "tokens_per_second": {
@@ -102,27 +103,14 @@ def _report(
             "threads": torch.get_num_threads(),
             "new_tokens": recipe.report.speed_tokens,
         },
-        "certificate": {
-            name: certificate[name]
-            for name in ("groups", "permuted_max_error", "removed_max_error", "tolerance", "ok")
-        },
+        "distance": None,
+        "certificate": certificate_row(session.folder),
         "verify": {
             **measured["verification"],
             "tolerances": _tolerances(measured["verification"]["checks"]),
         },
-        "stages": [
-            {
-                "name": name,
-                **{
-                    key: value
-                    for key, value in session.folder.manifest["stages"][name].items()
-                    if key != "stamp"
-                },
-                "state": "reused" if name in reused else "done",
-            }
-            for name in order
-        ],
-        "groups": _folded(groups),
+        "stages": stage_rows(session.folder, order, reused),
+        "groups": folded(groups),
         "widths": measured["widths"],
         "generations": [
             {"prompt": prompt, "dense": dense, "compact": compact}
@@ -143,9 +131,35 @@ def _report(
     return Report.model_validate(content)
 
 
-def _budget(session: Session) -> dict[str, Any]:
+def stage_rows(folder: RunFolder, order: list[str], reused: list[str]) -> list[dict[str, Any]]:
+    """Return what the report says of each stage.
+
+    Args:
+        folder: The run folder.
+        order: Names of the stages, as they were done.
+        reused: Stages that an earlier call had done.
+    """
+    recorded = folder.manifest["stages"]
+    return [
+        {
+            "name": name,
+            **{key: value for key, value in recorded[name].items() if key != "stamp"},
+            "state": "reused" if name in reused else "done",
+        }
+        for name in order
+    ]
+
+
+def certificate_row(folder: RunFolder) -> dict[str, Any]:
+    """Return what the report says of the certificate in a run folder."""
+    certificate = json.loads((folder / "graph/certificate.json").read_text(encoding="utf-8"))
+    names = ("groups", "permuted_max_error", "removed_max_error", "tolerance", "ok")
+    return {name: certificate[name] for name in names}
+
+
+def budget_row(folder: RunFolder) -> dict[str, Any]:
     """Return what was asked for and reached, as the plan's file has it."""
-    plan = json.loads(session.path("plan.json").read_text(encoding="utf-8"))
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     return {"unit": plan["budget"], "asked_share": plan["asked"], "removed_share": plan["achieved"]}
 
 
@@ -160,15 +174,20 @@ def _perplexity(session: Session) -> dict[str, Any]:
     stages = ("dense", "pruned", "quantized", "recovered", "onnx")
     return {
         **{stage: measured[f"perplexity_{stage}"] for stage in stages},
-        "protocol": {
-            "text": session.recipe.data.evaluate,
-            "tokens": windows.tokens,
-            "window": int(windows.ids.shape[1]),
-            "description": (
-                "documents joined by a blank line, tokenized once, cut into non-overlapping windows from the start; "
-                "every token but the first of a window is predicted; exp of the mean negative log-likelihood"
-            ),
-        },
+        "protocol": protocol_row(windows),
+    }
+
+
+def protocol_row(windows: Windows) -> dict[str, Any]:
+    """Return how perplexity is measured on a text."""
+    return {
+        "text": windows.name,
+        "tokens": windows.tokens,
+        "window": int(windows.ids.shape[1]),
+        "description": (
+            "documents joined by a blank line, tokenized once, cut into non-overlapping windows from the start; "
+            "every token but the first of a window is predicted; exp of the mean negative log-likelihood"
+        ),
     }
 
 
@@ -181,7 +200,7 @@ def _tolerances(checks: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _folded(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def folded(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Fold groups that are alike into one row each, in order of first appearance."""
     counts = Counter(
         (

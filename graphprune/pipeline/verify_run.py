@@ -16,11 +16,16 @@ from graphprune.errors import SourceError, VerificationError
 from graphprune.export.check import Check
 from graphprune.export.verify import TOLERANCE, measure_onnx
 from graphprune.export.verify_alone import measure_alone
+from graphprune.export.verify_quantized import measure_packed
 from graphprune.pipeline.evaluate import recipe_text
 from graphprune.pipeline.exported import Exported
+from graphprune.pipeline.onnx_arrays import example_arrays
+from graphprune.pipeline.onnx_stages import PRUNED, quantized_by
 from graphprune.recipe import Recipe
 from graphprune.shrink.load import load
 from graphprune.source.text import cut_windows, read_text
+from graphprune.trace.model import trace
+from graphprune.trace.onnx_reading import read_onnx
 from quant.errors import QuantError
 from quant.linear import QuantLinear
 from quant.storage import load_quantized_
@@ -45,6 +50,8 @@ def verify(exported: Exported, text: str | None = None) -> list[Check]:
     """
     if exported.run is None or exported.recipe is None:
         return measure_alone(exported.file, tolerance=TOLERANCE)
+    if exported.recipe.model.is_onnx:
+        return _of_onnx(exported.file, exported.run, exported.recipe)
     windows = _windows(exported, exported.recipe, text)
     model = open_quantized(exported.run, exported.recipe)
     return [*_adapter_checks(exported.run, model), *measure_onnx(exported.file, model, windows).rows]
@@ -69,6 +76,19 @@ def open_quantized(run: Path, recipe: Recipe) -> Any:
     except QuantError as error:
         raise SourceError(error.problem, error.remedy) from error
     return model.requires_grad_(False).eval()
+
+
+def _of_onnx(file: Path, run: Path, recipe: Recipe) -> list[Check]:
+    """Return the numbers of a file against the pruned ONNX model in its run folder, on inputs drawn at random."""
+    source = run / PRUNED
+    if not source.is_file():
+        raise SourceError(
+            f"there is no {source} to verify the ONNX model against",
+            f"run it again, or verify the file by itself: graphprune verify {file}",
+        )
+    pruned = read_onnx(source)
+    example = example_arrays(trace(source), pruned, recipe.seed)
+    return measure_packed(file, pruned, quantized_by(recipe, pruned), [example])
 
 
 def _windows(exported: Exported, recipe: Recipe, text: str | None) -> list[list[int]]:

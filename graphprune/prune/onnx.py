@@ -47,6 +47,8 @@ def prune_onnx(
     kinds: Collection[str] = ("attention_heads", "ffn"),
     repair: bool = True,
     layout: Layout = "uniform",
+    width_multiple: Mapping[str, int] | None = None,
+    keep_at_least: float = 0.0,
 ) -> PrunedOnnx:
     """Remove a share of a model's parameters.
 
@@ -60,6 +62,8 @@ def prune_onnx(
         repair: Whether what goes is predicted from what stays by least squares, and folded into what reads it.
         layout: ``uniform``: one width for all groups of a kind and size; ``per_layer``: each group its own, though
             scores that are not of the loss hardly compare from layer to layer.
+        width_multiple: By kind, what the number of units that stay is a multiple of.
+        keep_at_least: The share of its units that each group keeps.
 
     Raises:
         BudgetError: If so many cannot be removed.
@@ -69,7 +73,9 @@ def prune_onnx(
     whole = fitting_model(model, groups)
     names = [group.name for group in targets(groups, kinds)]
     scores = onnx_scores(saliency, whole, groups, names, batches)
-    budget = _budget(groups, scores, remove, layout)
+    budget = one_shot_budget(
+        groups, scores, remove, layout=layout, width_multiple=width_multiple, keep_at_least=keep_at_least
+    )
     plan = Plan(
         {
             name: scores[name].argsort(stable=True)[:count].tolist()
@@ -126,11 +132,28 @@ def repaired(
     return small
 
 
-def _budget(groups: NodeGroups, scores: Mapping[str, Tensor], remove: float, layout: Layout) -> Budget:
+def one_shot_budget(
+    groups: NodeGroups,
+    scores: Mapping[str, Tensor],
+    remove: float,
+    *,
+    layout: Layout,
+    width_multiple: Mapping[str, int] | None = None,
+    keep_at_least: float = 0.0,
+) -> Budget:
+    """Return how many units each group of an ONNX graph loses; see `prune_onnx`."""
     counted = [name for name, value in groups.graph.weights.items() if value.role == "parameter"]
     cost = cost_named("parameters", Measured(groups, counted), list(scores))
     curves = normalised_by_kind(score_curves(scores), groups, cost)
-    return allot(groups, curves, cost, remove=remove, layout=layout)
+    return allot(
+        groups,
+        curves,
+        cost,
+        remove=remove,
+        layout=layout,
+        width_multiple=width_multiple,
+        keep_at_least=keep_at_least,
+    )
 
 
 def _gone(groups: NodeGroups, plan: Plan, reader: Reader) -> Tensor:

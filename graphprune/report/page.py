@@ -96,15 +96,18 @@ def _environment() -> Environment:
 def _perplexities(report: Report) -> list[tuple[str, float]]:
     """Return the perplexities in the order in which the run came by them."""
     perplexity = report.perplexity
+    if perplexity is None:
+        return []
     between = {
         "quantize": ("after quantization", perplexity.quantized),
         "recover": ("after recovery", perplexity.recovered),
     }
     done = [stage.name for stage in report.stages if stage.name in between]
+    middle = [between[name] for name in dict.fromkeys([*done, *between])]
     return [
         ("dense model", perplexity.dense),
         ("after pruning", perplexity.pruned),
-        *(between[name] for name in dict.fromkeys([*done, *between])),
+        *((title, value) for title, value in middle if value is not None),
         ("ONNX in onnxruntime", perplexity.onnx),
     ]
 

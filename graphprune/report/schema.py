@@ -36,13 +36,14 @@ class Entry(BaseModel):
 class Model(Entry):
     """The model that was compressed; `source` is the folder or hub name that it was read from.
 
-    `opened_by` says what opens the pruned float model: stock transformers, or graphprune where layers differ in width.
+    `opened_by` says what opens the pruned float model: stock transformers, graphprune where layers differ in width, or
+    onnxruntime where an ONNX file was pruned.
     """
 
     name: str
     source: str
     architecture: str
-    opened_by: Literal["from_pretrained", "graphprune.load"]
+    opened_by: Literal["from_pretrained", "graphprune.load", "onnxruntime"]
 
 
 class Parameters(Entry):
@@ -83,14 +84,25 @@ class Protocol(Entry):
 
 
 class Perplexity(Entry):
-    """Perplexity after each stage, all by one protocol."""
+    """Perplexity after each stage, all by one protocol; an ONNX file has no recovery."""
 
     dense: Positive
     pruned: Positive
     quantized: Positive
-    recovered: Positive
+    recovered: Positive | None
     onnx: Positive
     protocol: Protocol
+
+
+class Distance(Entry):
+    """How far the outputs of an ONNX file that is no decoder are from the source's, on `inputs`.
+
+    The largest difference of any output, over the largest number of that.
+    """
+
+    pruned: AtLeastZero
+    onnx: AtLeastZero
+    inputs: str
 
 
 class TokensPerSecond(Entry):
@@ -116,12 +128,13 @@ class Verify(Entry):
     """How far the ONNX model is from the model it was exported from.
 
     `tolerances` maps a measure (``max_abs_error``, ``top1_agreement``, ``kl`` or a name in `checks`) to its
-    bound: the least for ``top1_agreement``, the greatest for all others. A measure without one is not judged.
+    bound: the least for ``top1_agreement``, the greatest for all others. A measure without one is not judged. The first
+    three are of next-token predictions, and None where a file makes none.
     """
 
-    max_abs_error: AtLeastZero
-    top1_agreement: Share
-    kl: float
+    max_abs_error: AtLeastZero | None
+    top1_agreement: Share | None
+    kl: float | None
     tokens: Count
     checks: dict[str, float]
     tolerances: dict[str, float] = {}
@@ -223,6 +236,7 @@ class Environment(Entry):
 class Report(Entry):
     """All that ``report.json`` holds and ``report.html`` shows.
 
+    `perplexity` and `tokens_per_second` are None of an ONNX file that is no decoder, and `distance` of all others.
     `versions` maps a package to its version, `created` is an ISO 8601 time, `recovery` is empty where nothing was held
     out to measure rounds on, and `limits` is what the reader must know before relying on the numbers.
     """
@@ -232,8 +246,9 @@ class Report(Entry):
     parameters: Parameters
     budget: Budget
     bytes: Bytes
-    perplexity: Perplexity
-    tokens_per_second: TokensPerSecond
+    perplexity: Perplexity | None
+    tokens_per_second: TokensPerSecond | None
+    distance: Distance | None
     certificate: Certificate
     verify: Verify
     stages: tuple[Stage, ...]

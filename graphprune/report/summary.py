@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from graphprune.export.check import Check
@@ -12,6 +13,9 @@ _TITLES = {
     "max_abs_error": "Logits of the ONNX model, greatest difference",
     "top1_agreement": "Next token agrees",
     "kl": "KL divergence of the next-token distribution",
+    "outputs": "Outputs with exact activations, greatest difference over the largest number",
+    "rounding": "Outputs as shipped, likewise",
+    "not_finite": "Whether an output is not finite",
 }
 
 
@@ -36,10 +40,9 @@ class Row:
 
 
 def before_after(report: Report) -> list[Row]:
-    """Return the four rows that everyone asks for: parameters, bytes, perplexity, speed."""
+    """Return the rows that everyone asks for: parameters, bytes, and of a decoder perplexity and speed."""
     parameters, size = report.parameters, report.bytes
-    perplexity, speed = report.perplexity, report.tokens_per_second
-    return [
+    rows = [
         Row(
             title="Parameters",
             before=parameters.before,
@@ -56,23 +59,30 @@ def before_after(report: Report) -> list[Row]:
             after_text=formatting.size(size.onnx),
             change=formatting.change(size.source, size.onnx),
         ),
-        Row(
+    ]
+    return [*rows, *_of_a_decoder(report)]
+
+
+def _of_a_decoder(report: Report) -> Iterator[Row]:
+    perplexity, speed = report.perplexity, report.tokens_per_second
+    if perplexity is not None:
+        yield Row(
             title="Perplexity, dense → ONNX",
             before=perplexity.dense,
             after=perplexity.onnx,
             before_text=formatting.number(perplexity.dense),
             after_text=formatting.number(perplexity.onnx),
             change=formatting.change(perplexity.dense, perplexity.onnx),
-        ),
-        Row(
+        )
+    if speed is not None:
+        yield Row(
             title="Tokens per second, dense fp32 ONNX → ONNX",
             before=speed.dense_onnx_fp32,
             after=speed.compact_onnx,
             before_text=formatting.number(speed.dense_onnx_fp32),
             after_text=formatting.number(speed.compact_onnx),
             change=formatting.times(speed.compact_onnx / speed.dense_onnx_fp32),
-        ),
-    ]
+        )
 
 
 def removed_words(report: Report) -> str:
@@ -126,6 +136,7 @@ def verify_checks(report: Report) -> list[Check]:
             at_least=name == "top1_agreement",
         )
         for name, measured in (measures | verify.checks).items()
+        if measured is not None
     ]
 
 
@@ -142,12 +153,10 @@ def verification_holds(report: Report) -> bool | None:
 
 def verdict(report: Report) -> str:
     """Return the report in one sentence, with its numbers; a failed check comes before all else."""
-    parameters, size, perplexity = report.parameters, report.bytes, report.perplexity
+    parameters, size = report.parameters, report.bytes
     numbers = (
         f"{report.model.name} lost {formatting.share(parameters.removed_share)} of its parameters and went "
-        f"from {formatting.size(size.source)} to {formatting.size(size.onnx)}; perplexity went from "
-        f"{formatting.number(perplexity.dense)} to {formatting.number(perplexity.onnx)}; decoding runs "
-        f"at {before_after(report)[3].change} the speed of the dense model"
+        f"from {formatting.size(size.source)} to {formatting.size(size.onnx)}{_quality_and_speed(report)}"
     )
     failed = []
     if not certificate_holds(report):
@@ -159,3 +168,17 @@ def verdict(report: Report) -> str:
     if verification_holds(report) is None:
         return f"{numbers}; the certificate holds, and the ONNX model was measured without a bound."
     return f"{numbers}; every check of the certificate and of the ONNX model holds."
+
+
+def _quality_and_speed(report: Report) -> str:
+    perplexity, speed, distance = report.perplexity, report.tokens_per_second, report.distance
+    words = ""
+    if perplexity is not None:
+        before, after = formatting.number(perplexity.dense), formatting.number(perplexity.onnx)
+        words += f"; perplexity went from {before} to {after}"
+    if distance is not None:
+        words += f"; its outputs moved by {formatting.share(distance.onnx)} of the largest"
+    if speed is not None:
+        change = formatting.times(speed.compact_onnx / speed.dense_onnx_fp32)
+        words += f"; decoding runs at {change} the speed of the dense model"
+    return words

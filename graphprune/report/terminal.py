@@ -13,7 +13,7 @@ from graphprune.report import formatting
 from graphprune.report.folding import Family, fold
 from graphprune.report.group_document import Document
 from graphprune.report.kinds import title_of
-from graphprune.report.schema import Report
+from graphprune.report.schema import Distance, Report
 from graphprune.report.summary import before_after, certificate_holds, removed_words, verification_holds
 
 _WORDS = {True: "[green]holds[/]", False: "[bold red]fails[/]", None: "not judged"}
@@ -22,7 +22,7 @@ _WORDS = {True: "[green]holds[/]", False: "[bold red]fails[/]", None: "not judge
 def summary_table(report: Report) -> Table:
     """Return the before/after rows and the two verdicts, to be printed at the end of a run."""
     words = removed_words(report)
-    if report.model.opened_by != "from_pretrained":
+    if report.model.opened_by == "graphprune.load":
         words += f"; layers differ in width: {report.model.opened_by} opens the float model, from_pretrained does not"
     table = Table(title=escape(report.model.name), caption=escape(words))
     table.add_column("")
@@ -35,9 +35,17 @@ def summary_table(report: Report) -> Table:
         max(report.certificate.permuted_max_error, report.certificate.removed_max_error)
     )
     table.add_row("Certificate, greatest error", "", certificate, _WORDS[certificate_holds(report)])
-    agreement = formatting.share(report.verify.top1_agreement)
-    table.add_row("ONNX and torch, same next token", "", agreement, _WORDS[verification_holds(report)])
+    verdict, agreement = _WORDS[verification_holds(report)], report.verify.top1_agreement
+    against = "its float model" if report.model.opened_by == "onnxruntime" else "torch"
+    if agreement is not None:
+        table.add_row(f"ONNX and {against}, same next token", "", formatting.share(agreement), verdict)
+    elif report.distance is not None:
+        table.add_row("Outputs moved, pruned → ONNX", *_moved(report.distance), verdict)
     return table
+
+
+def _moved(distance: Distance) -> tuple[str, str]:
+    return formatting.share(distance.pruned), formatting.share(distance.onnx)
 
 
 def groups_table(document: Document) -> RenderableType:

@@ -32,6 +32,9 @@ def test_help_names_the_command_and_its_options():
     for command in ("prune", "recover", "run"):
         text = graphprune(command, "--help", check=True).stdout
         assert all(option in text for option in ("--output", "--model", "--fresh", "--quiet"))
+    assert all(
+        option in graphprune("run", "--help", check=True).stdout for option in ("--train", "--evaluate")
+    )
 
 
 def test_public_names_are_callable_in_whatever_order_they_are_imported():
@@ -70,7 +73,10 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
         (("eval", "none"), 2, "there is no ONNX model at none"),
         (("chat", "none"), 2, "there is no ONNX model at none"),
         (("verify", "none"), 2, "there is no ONNX model at none"),
-        (("run",), 2, "Missing argument"),
+        (("run", "-o", "RUN"), 2, "Missing argument"),
+        (("run",), 2, "Missing option '-o'"),
+        (("run", "-o", "RUN", "--model", "demo"), 2, "without a recipe only a .onnx file can be run"),
+        (("run", "-o", "RUN", "--model", "none.onnx"), 2, "there is no model 'none.onnx'"),
         (("rnu",), 2, "No such command"),
     ],
 )

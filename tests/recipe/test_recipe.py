@@ -66,6 +66,9 @@ def test_numbers_are_read_as_yaml_1_2_has_them(tmp_path):
         (GOOD + "seed: on\n", "seed is \"on\""),
         (GOOD + "seed: 1\nseed: 2\n", "recipe.yaml:4: key 'seed' stands twice"),
         ("graphprune: 1\n", "key 'data' is missing"),
+        (GOOD + "model: {id: demo, tokenizer: tokenizer.json}\n", "only a .onnx file is told its tokenizer"),
+        ("graphprune: 1\ndata: {train: a, evaluate: b, inputs: x.npz}\n", "data.inputs is for an ONNX file"),
+        (GOOD + "model: [a.onnx]\n", "input should be a mapping of keys"),
         ("graphprune: 2\ndata: {train: a, evaluate: b}\n", "graphprune is 2"),
         ("- a\n- b\n", "a recipe is a mapping"),
         ("", "a recipe is a mapping"),
@@ -97,3 +100,34 @@ def test_nothing_in_a_recipe_is_executed(tmp_path):
 def test_the_demo_recipe_names_every_section():
     sections = set(yaml.safe_load((EXAMPLES / "demo.yaml").read_text()))
     assert {"model", "data", "prune", "quantize", "recover", "export", "report"} <= sections
+
+
+def test_a_model_can_be_named_in_one_word_and_replaced(tmp_path):
+    path = written(tmp_path, GOOD + "model: ./mine\n")
+    assert load_recipe(path).model == load_recipe(written(tmp_path, GOOD + "model: {id: ./mine}\n")).model
+    assert load_recipe(path, {"model.id": "other"}).model.id == "other"
+
+
+def test_an_onnx_file_needs_no_text_and_is_pruned_in_one_shot(tmp_path):
+    recipe = load_recipe(None, {"model.id": "a.onnx"})
+    assert (recipe.data.train, recipe.prune.method, recipe.prune.saliency) == ("", "one_shot", "wanda")
+    assert recipe.model.is_onnx
+    given = load_recipe(written(tmp_path, GOOD + "model: a.onnx\nprune: {saliency: flap, method: lhspg}\n"))
+    assert (given.data.train, given.prune.method, given.prune.saliency) == ("a.txt", "lhspg", "flap")
+    assert load_recipe(written(tmp_path, dump_recipe(recipe))) == recipe
+    assert load_recipe(written(tmp_path, GOOD)).prune.method == "lhspg"
+
+
+def test_the_onnx_recipe_has_every_setting_that_such_a_run_reads_and_no_other(tmp_path):
+    from graphprune.pipeline.onnx_inputs import READ, check_settings
+
+    path = EXAMPLES / "onnx.yaml"
+    content = yaml.safe_load(path.read_text())
+    check_settings(load_recipe(path))
+    others = {"prune": {"rank": 3}, "quantize": {"rank": 3}, "export": {"adapters": "merged"}}
+    for section, change in others.items():
+        changed = {**content, section: {**content[section], **change}}
+        with pytest.raises(RecipeError, match=f"nothing reads {section}.{next(iter(change))}"):
+            check_settings(load_recipe(written(tmp_path, yaml.safe_dump(changed))))
+    for section, read in READ.items():
+        assert set(content.get(section, ())) == read

@@ -82,6 +82,7 @@ def make_report() -> dict[str, Any]:
             "threads": 2,
             "new_tokens": 64,
         },
+        "distance": None,
         "certificate": {
             "groups": 61,
             "permuted_max_error": 3.24e-6,
