@@ -200,7 +200,7 @@ class ReadOtherwise(nn.Module):
         self.bias = nn.Parameter(drawn(64))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        across = functional.linear(x, self.stack.transpose(0, 1)[2])
+        across = x[:, :3] @ self.stack.transpose(0, 1)[2]
         all_at_once = x @ self.stack.mT
         return across, all_at_once, torch.addmm(self.bias, x, self.weight, alpha=0.5, beta=2)
 
