@@ -37,6 +37,7 @@ from graphprune.export.genai import write_genai_config
 from graphprune.export.write import export_onnx
 from graphprune.pipeline import run as module
 from graphprune.pipeline.exported import find_exported
+from graphprune.pipeline.onnx_genai import write_companions
 from graphprune.pipeline.onnx_inputs import open_onnx_inputs
 from graphprune.pipeline.progress import Reporter
 from graphprune.pipeline.run import run, run_until
@@ -205,6 +206,26 @@ def test_what_stands_beside_the_file_is_told_of_its_heads(finished):
     )
 
 
+def test_fewer_key_heads_take_their_queries_along(door, tmp_path):
+    """A configuration of twice the heads that the file has."""
+    target = tmp_path / "onnx"
+    shutil.copytree(door / "decoder", target)
+    config = json.loads((door / "decoder" / "genai_config.json").read_text())
+    config["model"]["decoder"] |= {
+        "num_key_value_heads": 4,
+        "num_attention_heads": 8,
+        "filename": "other.onnx",
+    }
+    (tmp_path / "genai_config.json").write_text(json.dumps(config))
+    write_companions(tmp_path, target, None)
+    assert json.loads((target / "genai_config.json").read_text()) == json.loads(
+        (door / "decoder" / "genai_config.json").read_text()
+    )
+    (tmp_path / "genai_config.json").write_text("{}")
+    with pytest.raises(SourceError, match="no configuration of a decoder"):
+        write_companions(tmp_path, target, None)
+
+
 def test_a_second_run_reuses_every_stage(finished, door, monkeypatch):
     folder, first = finished
     before = content(folder / "onnx")
@@ -277,8 +298,11 @@ def test_a_changed_section_does_again_what_read_it(finished, door, tmp_path, cha
         assert {layer.format for layer in report.layers_quantized} == {"int4"}
         assert any("it was excluded" in limit for limit in report.limits)
     if "portable" in change[1]:
-        nodes = onnx.load(tmp_path / "RUN" / "onnx" / "model.onnx").graph.node
-        assert {node.domain for node in nodes} <= {"", "ai.onnx"}
+        found, source = (
+            {(node.domain, node.op_type) for node in onnx.load(path / "model.onnx").graph.node}
+            for path in (tmp_path / "RUN" / "onnx", door / "decoder")
+        )
+        assert {domain for domain, _ in found - source} <= {"", "ai.onnx"}
 
 
 @pytest.mark.parametrize(
