@@ -8,7 +8,7 @@ all that a group reaches is checked too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -155,9 +155,9 @@ def _measured(
     wrong = wrong_members(groups)
     failures = list(wrong)
     if not permuted <= tolerance:
-        failures += [group.name for group in movable if not trial.permuted_error([group]) <= tolerance]
+        failures += _failing(movable, lambda some: trial.permuted_error(some) <= tolerance)
     if not removed <= tolerance:
-        failures += [group.name for group in prunable if not trial.removed_error([group])[0] <= tolerance]
+        failures += _failing(prunable, lambda some: trial.removed_error(some)[0] <= tolerance)
     return Certificate(
         groups=len(movable),
         pruned_groups=len(prunable),
@@ -168,6 +168,15 @@ def _measured(
         failures=tuple(dict.fromkeys(failures)),
         wrong_members=_told(wrong),
     )
+
+
+def _failing(groups: list[NodeGroup], holds: Callable[[list[NodeGroup]], bool]) -> list[str]:
+    """Return which of some groups that fail together fail alone, looking only into halves that fail."""
+    if len(groups) == 1:
+        return [groups[0].name]
+    middle = len(groups) // 2
+    halves = (groups[:middle], groups[middle:])
+    return [name for half in halves if not holds(half) for name in _failing(half, holds)]
 
 
 def _certify_onnx(

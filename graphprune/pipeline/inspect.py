@@ -15,6 +15,7 @@ from graphprune.certify.certificate import Certificate, certify
 from graphprune.coupling.groups import NodeGroups, node_groups
 from graphprune.errors import NothingPrunableError, SourceError
 from graphprune.files import write_json
+from graphprune.pipeline.onnx_arrays import example_arrays
 from graphprune.report.group_document import Document, group_document
 from graphprune.report.group_files import write_groups
 from graphprune.source.model import ModelSource, example_inputs, find_model, load_model, model_class
@@ -60,19 +61,15 @@ def inspect(reference: str, folder: Path, *, certified: bool = False) -> Inspect
     """
     path = Path(reference).expanduser()
     if path.suffix == ".onnx":
-        if certified:
-            raise SourceError(
-                f"{path} cannot be certified", "certify the torch model that it was exported from"
-            )
-        name, model, examples, groups = path.name, None, {}, _groups_of_onnx(path)
+        name, model, groups = path.name, None, _groups_of_onnx(path)
+        examples = example_arrays(groups.graph, groups.graph.program, seed=0) if certified else {}
     else:
         name, model = _with_weights(reference) if certified else _without_weights(reference, path)
         examples = example_inputs(model)
         groups = node_groups(trace(model, examples, dynamic=False))
     document = group_document(groups, name)
     write_groups(document, folder)
-    certificate = None if model is None or not certified else _certified(model, groups, examples, folder)
-    return Inspection(document, certificate)
+    return Inspection(document, _certified(model, groups, examples, folder) if certified else None)
 
 
 def _groups_of_onnx(path: Path) -> NodeGroups:
@@ -129,7 +126,7 @@ def _opened(source: ModelSource) -> Any:
 
 
 def _certified(
-    model: nn.Module, groups: NodeGroups, examples: Mapping[str, Any], folder: Path
+    model: nn.Module | None, groups: NodeGroups, examples: Mapping[str, Any], folder: Path
 ) -> Certificate:
     certificate = certify(model, groups, examples)
     write_json(folder / "certificate.json", certificate.row())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import traced
 from torch import nn
 
+from graphprune.certify import certificate as module_of_certificate
 from graphprune.certify.certificate import certify
 from graphprune.coupling import analysis
 from graphprune.coupling.groups import node_groups
@@ -119,9 +120,7 @@ def test_a_size_left_stale_is_caught(monkeypatch, adapted):
 
 def test_a_member_dropped_is_caught(adapted, monkeypatch):
     """One adapter that does not follow its layer."""
-    from graphprune.certify import certificate as module
-
-    real = module.select_weight
+    real = module_of_certificate.select_weight
 
     def forgetful(name, tensor, groups, kept):
         return (
@@ -130,9 +129,24 @@ def test_a_member_dropped_is_caught(adapted, monkeypatch):
             else real(name, tensor, groups, kept)
         )
 
-    monkeypatch.setattr(module, "select_weight", forgetful)
-    monkeypatch.setattr(module._Trial, "removed_error", lambda self, groups: (0.0, 1.0))
+    monkeypatch.setattr(module_of_certificate, "select_weight", forgetful)
+    monkeypatch.setattr(module_of_certificate._Trial, "removed_error", lambda self, groups: (0.0, 1.0))
     assert certify(adapted.model, adapted.groups, adapted.inputs).permuted_max_error > 1e-6
+
+
+def test_few_wrong_groups_among_many_are_found_in_few_trials(adapted, monkeypatch):
+    """Halves that hold are not looked into."""
+    movable = [group.name for group in adapted.groups.values() if group.permutable]
+    wrong, asked = {movable[2], movable[-1]}, []
+
+    def error(self, groups):
+        asked.append(len(groups))
+        return float(any(group.name in wrong for group in groups))
+
+    monkeypatch.setattr(module_of_certificate._Trial, "permuted_error", error)
+    certificate = certify(adapted.model, adapted.groups, adapted.inputs)
+    assert set(certificate.failures) == wrong
+    assert len(asked) <= 1 + 2 * 2 * len(movable).bit_length()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -184,8 +184,12 @@ def test_an_onnx_file(tmp_path: Path) -> None:
     torch.onnx.export(net, (torch.ones(3, 6),), path, dynamo=True, verbose=False)
     found = inspect(str(path), tmp_path / "out")
     assert [row["size"] for row in found.document["groups"] if row["prunable"]] == [10]
-    with pytest.raises(SourceError, match="cannot be certified"):
-        inspect(str(path), tmp_path / "out", certified=True)
+    assert found.certificate is None
+    certificate = inspect(str(path), tmp_path / "out", certified=True).certificate
+    assert certificate is not None
+    assert certificate.ok
+    assert certificate.removed_effect > 1e-3
+    assert json.loads((tmp_path / "out" / "certificate.json").read_text())["pruned_groups"] == 1
 
 
 def test_the_exit_code_and_the_message_of_a_whole_process(tmp_path: Path) -> None:
