@@ -7,6 +7,7 @@ from collections.abc import Callable
 from math import prod
 
 import onnx_ir as ir
+import torch
 from torch import Tensor, nn
 
 from graphprune.errors import ExportError, ExportWarning
@@ -14,6 +15,7 @@ from graphprune.export.adapters import Adapters, AdapterWriter, as_float32
 from graphprune.export.embeddings import write_embedding
 from graphprune.export.graph_writer import GraphWriter
 from graphprune.export.grouped_products import GROUPED
+from graphprune.export.halves import as_stored
 from graphprune.export.layouts import Profile, choose_layout
 from graphprune.export.layouts.unpacked import unpacked
 from graphprune.export.packed_matrix import PackedMatrix
@@ -82,7 +84,9 @@ class ModuleWriter:
     def _embedding(self, name: str, module: nn.Module, ids: ir.Value) -> ir.Value:
         if isinstance(module, QuantEmbedding):
             return write_embedding(self._writer, ids, self._packed(name, module, None), self._profile)
-        return self._writer.node("Gather", [self._dense_weight(name, module), ids], axis=0)
+        weight = module.get_parameter("weight")
+        rows = self._writer.node("Gather", [self._stored(f"{name}.weight", weight), ids], axis=0)
+        return rows if weight.dtype == torch.float32 else self._widened(rows)
 
     def _is_product(self, operand: WeightOperand) -> bool:
         """Whether a product sums over the inputs of a packed matrix, and is not to be of a dense one."""
@@ -146,7 +150,11 @@ class ModuleWriter:
             )
             self._writer.replace(node, self._unpacked(name, module))
         else:
-            node.outputs[0].replace_all_uses_with(self._dense_weight(name, module))
+            weight = self._dense_weight(name, module)
+            if weight.is_initializer():
+                node.outputs[0].replace_all_uses_with(weight)
+            else:
+                self._writer.replace(node, weight)
 
     def _product(self, name: str, module: Packed, index: int | None, x: ir.Value) -> ir.Value:
         weight = self._packed(name, module, index)
@@ -185,9 +193,17 @@ class ModuleWriter:
         return PackedMatrix.of(held, matrix(module, index=index))
 
     def _dense(self, name: str, tensor: Tensor) -> ir.Value:
-        """Return the initializer of a float tensor; a tensor that several modules share is stored once."""
+        """Return a tensor in float32."""
+        stored = self._stored(name, tensor)
+        return stored if tensor.dtype == torch.float32 else self._widened(stored)
+
+    def _stored(self, name: str, tensor: Tensor) -> ir.Value:
+        """Return the initializer of a tensor as it is; a tensor that several modules share is stored once."""
         key = (tensor.data_ptr(), *tensor.shape, *tensor.stride())
-        return self._writer.initializer(self._names.setdefault(key, name), lambda: as_float32(tensor))
+        return self._writer.initializer(self._names.setdefault(key, name), lambda: as_stored(tensor))
+
+    def _widened(self, half: ir.Value) -> ir.Value:
+        return self._writer.node("Cast", [half], to=ir.DataType.FLOAT.value)
 
 
 def _module_name(node: ir.Node) -> str:

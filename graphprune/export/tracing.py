@@ -9,10 +9,12 @@ from contextlib import contextmanager
 
 import onnx_ir as ir
 import torch
-from torch import nn
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor, nn
 
 from graphprune.errors import ExportError
 from graphprune.export.grouped_products import opaque_grouped_products
+from graphprune.export.halves import in_float32, widened
 from graphprune.export.stand_ins import replaced, stand_in
 from graphprune.export.traceable import Traceable
 
@@ -39,11 +41,12 @@ def trace_to_onnx(model: nn.Module, traceable: Traceable) -> ir.Model:
             opaque_grouped_products(),
             traceable.context(),
             replaced(model, {name: module for name, module in stand_ins.items() if module is not None}),
+            in_float32(model),
         ):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 traceable.module,
-                traceable.arguments,
+                widened(traceable.arguments),
                 dynamo=True,
                 opset_version=OPSET,
                 dynamic_shapes=traceable.dynamic_shapes,
@@ -52,6 +55,7 @@ def trace_to_onnx(model: nn.Module, traceable: Traceable) -> ir.Model:
                 optimize=False,
                 verbose=False,
             )
+            _hold_numbers(program)
     except torch.onnx.OnnxExporterError as err:
         reason = str(err.__cause__ or err).strip().split("\n")[0]
         raise ExportError(
@@ -62,6 +66,14 @@ def trace_to_onnx(model: nn.Module, traceable: Traceable) -> ir.Model:
         raise ExportError("the tracer returned nothing", "report this as a bug")
     _write_fixed_sizes(program)
     return program.model
+
+
+def _hold_numbers(program: torch.onnx.ONNXProgram | None) -> None:
+    """Keep the numbers that initializers have now, whatever becomes of the parameters they are read from."""
+    for value in () if program is None else program.model.graph.initializers.values():
+        raw = getattr(value.const_value, "raw", None)
+        if isinstance(raw, Tensor):
+            value.const_value = TorchTensor(raw.detach(), name=value.name)
 
 
 def _write_fixed_sizes(program: torch.onnx.ONNXProgram) -> None:

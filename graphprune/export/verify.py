@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from graphprune.errors import SourceError, VerificationError
 from graphprune.export.check import Check, raise_if_failed
+from graphprune.export.halves import in_float32
 from graphprune.export.runtime import Array, OnnxDecoder
 from graphprune.export.stand_ins import replaced
 from graphprune.export.verify_decoder import (
@@ -111,7 +112,7 @@ def measure_onnx(
 
     Args:
         path: The file that `export_onnx` wrote.
-        model: The model that it was written from; on return it is as it was.
+        model: The model that it was written from, computed in float32; on return it is as it was.
         token_windows: Texts as token ids, two or more, of two tokens or more. All are used for 4, the first
             two for 3.
         tolerance: Largest difference of a logit with exact activations, over the largest logit.
@@ -133,7 +134,7 @@ def measure_onnx(
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad(), in_float32(model):
             with replaced(model, rounded):
                 checks |= _compare_exactly(path, model, windows)
             shipped = _compare_shipped(path, model, windows)

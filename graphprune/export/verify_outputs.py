@@ -17,6 +17,7 @@ from graphprune.errors import SourceError, VerificationError
 from graphprune.export.check import Check, raise_if_failed
 from graphprune.export.exact import EXACT, exact_graph
 from graphprune.export.function import with_tensors
+from graphprune.export.halves import in_float32, widened
 from graphprune.export.named_tensors import named_tensors
 from graphprune.export.runtime import clear_errors, open_session
 from graphprune.export.stand_ins import replaced
@@ -71,7 +72,7 @@ def measure_outputs(
 
     Args:
         path: The file.
-        model: The model that it was written from; on return it is as it was.
+        model: The model that it was written from, computed in float32; on return it is as it was.
         examples: Inputs like those that it was exported with; better real ones.
         sizes: To compare at, for each free axis by its name. By default 1 and the example's, of the first axis of an
             input 1 and one more than the example's.
@@ -85,12 +86,12 @@ def measure_outputs(
     """
     check_file(path)
     checks, rounded = compare_weights(path, model)
-    inputs = keyword_inputs(model, examples)
+    inputs = widened(keyword_inputs(model, examples))
     training = model.training
     model.eval()
     try:
         _check_inputs(path, inputs)
-        with torch.inference_mode():
+        with torch.no_grad(), in_float32(model):
             with replaced(model, rounded):
                 exact = open_session(exact_graph(path), folder=path.parent, settings=EXACT)
                 checks |= _compare_sizes(exact, model, inputs, sizes or {})

@@ -17,6 +17,7 @@ from graphprune.export.axes import DynamicAxes
 from graphprune.export.decoder import traceable_decoder
 from graphprune.export.function import traceable_function
 from graphprune.export.graph_writer import MICROSOFT
+from graphprune.export.halves import HALVES
 from graphprune.export.layouts import Profile, check_profile
 from graphprune.export.modules import ModuleWriter
 from graphprune.export.simplify import forget_traces, name_ends, name_initializers, simplify
@@ -60,7 +61,8 @@ def export_onnx(
     names, outputs those that the model gives them (fields or keys), else `output`, `output_1`, ....
 
     Args:
-        model: A float32 model. It is not changed.
+        model: A model in float32, float16 or bfloat16. It is not changed. The file computes in float32; dense matrices
+            of 16 bits are stored as they are, and a session widens them when it opens.
         folder: Where the two files go.
         examples: None for a causal language model of transformers that takes a `DynamicCache`. Else inputs as
             `graphprune.trace` takes them: keyword arguments of the model's forward by name; or one tensor, or a
@@ -129,11 +131,10 @@ def _base(model: nn.Module, adapters: Adapters) -> dict[str, str]:
 def _check(model: nn.Module, examples: Any, dynamic_axes: DynamicAxes | None) -> None:
     if examples is None and dynamic_axes is not None:
         raise ExportError("dynamic_axes are of examples, of which there are none", "give both or neither")
-    wrong = {
-        name: p for name, p in model.named_parameters() if p.dtype != torch.float32 or p.device.type != "cpu"
-    }
-    for name, parameter in wrong.items():
-        raise ExportError(
-            f"parameter {name} is {parameter.dtype} on {parameter.device}, and the export wants float32 on the CPU",
-            "call model.to('cpu', torch.float32) first",
-        )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, *HALVES) or parameter.device.type != "cpu":
+            raise ExportError(
+                f"parameter {name} is {parameter.dtype} on {parameter.device}, and the export wants float32, "
+                "float16 or bfloat16 on the CPU",
+                "call model.to('cpu', torch.float32) first",
+            )
