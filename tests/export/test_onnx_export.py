@@ -243,9 +243,9 @@ def test_replaced_modules_come_back_after_an_error(dense: Exported) -> None:
     assert dense.model.get_submodule("lm_head") is original
 
 
-def test_a_model_in_half_precision_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"torch.float16.*\n.*torch.float32"):
-        export_onnx(tiny_llama().half(), tmp_path / "onnx")
+def test_a_model_in_double_precision_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"torch.float64.*\n.*torch.float32"):
+        export_onnx(tiny_llama().double(), tmp_path / "onnx")
 
 
 def test_a_model_without_a_cache_is_refused(tmp_path: Path) -> None:
