@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 
 import graphprune as gp
 import quant
-from graphprune.export.modules import Adapters
+from graphprune.export.adapters import Adapters
 from graphprune.export.runtime import OnnxDecoder
 from graphprune.export.write import FILE, export_onnx
 from graphprune.files import size_of
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0 to write the files alone")
     parser.add_argument("--measure", nargs=2, metavar=("FORM", "PATH"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
@@ -275,7 +275,8 @@ def main() -> None:
             command += ["--prompt", str(given.prompt), "--tokens", str(given.tokens)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             rows[name].append(json.loads(done.stdout.splitlines()[-1]))
-    show(rows, {name: size_of(path) / 1e6 for name, path in places.items()}, given.threads)
+    if given.rounds:
+        show(rows, {name: size_of(path) / 1e6 for name, path in places.items()}, given.threads)
 
 
 def show(rows: dict[str, list[dict[str, float]]], megabytes: dict[str, float], threads: int) -> None:

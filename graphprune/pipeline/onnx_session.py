@@ -24,7 +24,6 @@ from graphprune.trace.model import trace
 # Batches drawn at random where nothing else is given: they tell of scales, not of what the model is for.
 _RANDOM = 8
 _EXAMPLE = 16
-_USUAL_KINDS = ("ffn", "attention_heads")
 
 
 class OnnxRun:
@@ -55,12 +54,20 @@ class OnnxRun:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of groups that may lose units: the recipe's, or by default the usual ones that the file has."""
-        asked = self.recipe.prune.kinds
-        if asked != type(self.recipe.prune).model_fields["kinds"].default:
-            return asked
-        found = tuple(dict.fromkeys(group.kind for group in self.groups.prunable()))
-        return tuple(kind for kind in _USUAL_KINDS if kind in found) or found
+        """Kinds of groups that may lose units: those that the recipe names, else channels of feed-forward layers.
+
+        Without a gradient scores of heads do not compare with those of channels, and heads go only where no such layer
+        is wider than the recipe's multiple. A file that has neither may lose units of all kinds.
+        """
+        asked = self.recipe.prune
+        if "kinds" in asked.model_fields_set:
+            return asked.kinds
+        widest: dict[str, int] = {}
+        for group in self.groups.prunable():
+            widest[group.kind] = max(widest.get(group.kind, 0), group.size)
+        if widest.get("ffn", 0) > asked.width_multiple.get("ffn", 1):
+            return ("ffn",)
+        return tuple(kind for kind in asked.kinds if kind in widest) or tuple(widest)
 
     @property
     def calibration(self) -> list[Arrays]:

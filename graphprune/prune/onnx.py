@@ -44,7 +44,7 @@ def prune_onnx(
     *,
     remove: float,
     saliency: str = "wanda",
-    kinds: Collection[str] = ("attention_heads", "ffn"),
+    kinds: Collection[str] = ("ffn",),
     repair: bool = True,
     layout: Layout = "uniform",
     width_multiple: Mapping[str, int] | None = None,
@@ -58,7 +58,7 @@ def prune_onnx(
         batches: Calibration inputs, each as arrays or tensors by name.
         remove: The share of the parameters to remove, 0 to 1.
         saliency: ``magnitude``, ``wanda`` or ``flap``.
-        kinds: Kinds of groups that may lose units.
+        kinds: Kinds of groups that may lose units. Scores that are not of the loss hardly compare from kind to kind.
         repair: Whether what goes is predicted from what stays by least squares, and folded into what reads it.
         layout: ``uniform``: one width for all groups of a kind and size; ``per_layer``: each group its own, though
             scores that are not of the loss hardly compare from layer to layer.

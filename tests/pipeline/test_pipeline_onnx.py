@@ -9,6 +9,7 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -39,10 +40,11 @@ from graphprune.pipeline import run as module
 from graphprune.pipeline.exported import find_exported
 from graphprune.pipeline.onnx_genai import write_companions
 from graphprune.pipeline.onnx_inputs import open_onnx_inputs
+from graphprune.pipeline.onnx_session import OnnxRun
 from graphprune.pipeline.progress import Reporter
 from graphprune.pipeline.run import run, run_until
 from graphprune.pipeline.verify_run import verify
-from graphprune.recipe import load_recipe
+from graphprune.recipe import Prune, load_recipe
 from graphprune.report.schema import read_report
 from graphprune.report.terminal import summary_table
 
@@ -452,6 +454,28 @@ def test_an_encoder_runs_with_nothing_but_its_file(others, tmp_path, name):
     page = (tmp_path / "RUN" / "report.html").read_text()
     assert "Perplexity" not in page
     assert "Tokens per second" not in page
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings", "kinds"),
+    [
+        ({"ffn": 128, "attention_heads": 4}, {}, ("ffn",)),
+        ({"ffn": 64, "attention_heads": 4}, {}, ("ffn", "attention_heads")),
+        ({"ffn": 64, "attention_heads": 4}, {"width_multiple": {}}, ("ffn",)),
+        ({"hidden": 32, "channels": 8}, {}, ("hidden", "channels")),
+        (
+            {"ffn": 128, "attention_heads": 4},
+            {"kinds": ("ffn", "attention_heads")},
+            ("ffn", "attention_heads"),
+        ),
+    ],
+)
+def test_heads_go_only_if_asked_for_or_if_nothing_else_can(sizes, settings, kinds):
+    session = OnnxRun.__new__(OnnxRun)
+    session.recipe = SimpleNamespace(prune=Prune(**settings))
+    prunable = [SimpleNamespace(kind=kind, size=size) for kind, size in sizes.items()]
+    session.groups = SimpleNamespace(prunable=lambda: prunable)
+    assert session.kinds == kinds
 
 
 def group_cost(folder: Path, name: str) -> int:
