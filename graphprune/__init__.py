@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from graphprune.coupling.groups import node_groups as node_groups
     from graphprune.coupling.rules import rule as rule
     from graphprune.export.quantize_onnx import quantize_onnx as quantize_onnx
+    from graphprune.export.verify import verify_onnx as verify_onnx
+    from graphprune.export.verify_outputs import verify_outputs as verify_outputs
+    from graphprune.export.write import export_onnx as export_onnx
     from graphprune.prune.cubic_schedule import CubicSchedule as CubicSchedule
     from graphprune.prune.lhspg import LHSPG as LHSPG
     from graphprune.prune.loraprune import LoRAPrune as LoRAPrune
@@ -39,6 +42,7 @@ _HOME = {
     "PaperChoices": "graphprune.prune.paper_mode",
     "Plan": "graphprune.shrink.plan",
     "certify": "graphprune.certify",
+    "export_onnx": "graphprune.export.write",
     "load": "graphprune.shrink.load",
     "node_groups": "graphprune.coupling.groups",
     "param_groups": "graphprune.prune.param_groups",
@@ -48,6 +52,8 @@ _HOME = {
     "shrink": "graphprune.shrink",
     "shrink_optimizer": "graphprune.shrink.optimizer",
     "trace": "graphprune.trace",
+    "verify_onnx": "graphprune.export.verify",
+    "verify_outputs": "graphprune.export.verify_outputs",
 }
 _PACKAGES = ("certify", "shrink", "trace")  # called like the function that they are named after
 
@@ -60,6 +66,7 @@ __all__ = [
     "PaperChoices",
     "Plan",
     "certify",
+    "export_onnx",
     "load",
     "node_groups",
     "param_groups",
@@ -69,6 +76,8 @@ __all__ = [
     "shrink",
     "shrink_optimizer",
     "trace",
+    "verify_onnx",
+    "verify_outputs",
 ]
 
 
