@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,11 +14,22 @@ _TITLES = {
     "max_abs_error": "Logits of the ONNX model, greatest difference",
     "top1_agreement": "Next token agrees",
     "kl": "KL divergence of the next-token distribution",
+    "adapter_of_another_base": "Adapter file of another base",
+    "adapter": "Adapter file against the adapters",
+    "weights": "Packed weights, greatest difference over absmax",
+    "weight_rounding": "Rounding of their levels, likewise",
+    "prefill": "Whole texts, exact activations",
+    "padded_batch": "Texts padded to one length",
+    "decode": "Token by token, from the cache",
+    "greedy": "Greedy text, how far a token is behind torch's choice",
+    "greedy_agreement": "Greedy tokens of the file as shipped that torch would choose",
     "outputs": "Outputs with exact activations, greatest difference over the largest number",
     "rounding": "Outputs as shipped, likewise",
     "not_finite": "Whether an output is not finite",
 }
 
+
+_SHAPE = re.compile(r"(\d+)x(\d+) after (\d+)")
 
 _UNITS = {
     "bytes": "bytes on disk",
@@ -130,7 +142,7 @@ def verify_checks(report: Report) -> list[Check]:
     }
     return [
         Check(
-            name=_TITLES.get(name, name),
+            name=_title(name),
             measured=measured,
             bound=verify.tolerances.get(name),
             at_least=name == "top1_agreement",
@@ -138,6 +150,18 @@ def verify_checks(report: Report) -> list[Check]:
         for name, measured in (measures | verify.checks).items()
         if measured is not None
     ]
+
+
+def _title(check: str) -> str:
+    shape = _SHAPE.fullmatch(check)
+    if shape is None:
+        return _TITLES.get(check, check)
+    texts, tokens, past = map(int, shape.groups())
+    return f"{_counted(texts, 'text')} of {_counted(tokens, 'token')}, {past} in the cache"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def certificate_holds(report: Report) -> bool:

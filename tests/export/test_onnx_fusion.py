@@ -148,6 +148,12 @@ def test_a_result_that_is_read_with_its_heads_apart_keeps_them_apart() -> None:
     }  # fmt: skip
 
 
+def test_a_result_that_the_model_gives_out_keeps_its_name() -> None:
+    left = fused(attention(outputs=f"float[b, s, 32] joined, {CACHE}"))
+    assert left["Attention"] == 1
+    assert left["Concat"] == 0
+
+
 def skip_norm(skip: str, gain: int) -> ir.Model:
     return inferred(f"""{HEADER}
     layer (float[b, s, 16] x, {skip} skip, float[{gain}] gain) => (float[b, s, 16] sum, float[b, s, 16] normed)

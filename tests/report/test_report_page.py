@@ -14,12 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from graphprune.errors import RunFolderError
+from graphprune.export.verify import Verification
 from graphprune.report import formatting
 from graphprune.report.group_picture import group_picture
 from graphprune.report.page import render_report, write_report
 from graphprune.report.pictures import training_picture, widths_picture
 from graphprune.report.schema import Report, read_report
-from graphprune.report.summary import before_after
+from graphprune.report.summary import before_after, verify_checks
 from graphprune.report.yaml_text import as_yaml
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -365,3 +366,23 @@ def test_durations_add_up(seconds: float) -> None:
     )
     assert abs(total - seconds) <= (60 if "h" in parts else 1)
     assert all(float(n) < 60 for n, unit in zip(parts[::2], parts[1::2], strict=True) if unit != "h")
+
+
+def test_every_check_of_an_export_is_told_in_words(data: dict[str, Any]) -> None:
+    found = Verification(
+        max_abs_error=0.1,
+        top1_agreement=1.0,
+        kl=0.0,
+        tokens=2,
+        tolerance=1e-4,
+        checks=dict.fromkeys(
+            ["weights", "weight_rounding", "prefill", "padded_batch", "decode", "greedy", "greedy_agreement"]
+            + ["adapter", "adapter_of_another_base", "1x1 after 0", "3x12 after 7"],
+            0.0,
+        ),
+    )
+    data["verify"] |= {"checks": found.checks, "tolerances": {}}
+    titles = {check.name for check in verify_checks(Report.model_validate(data))}
+    assert len(titles) == len(found.rows)
+    assert not titles & {row.name for row in found.rows}
+    assert {"1 text of 1 token, 0 in the cache", "3 texts of 12 tokens, 7 in the cache"} <= titles
