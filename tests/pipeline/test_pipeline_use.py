@@ -283,7 +283,7 @@ def test_a_second_turn_computes_what_is_new_alone(talking, monkeypatch):
 
 def test_the_oldest_turns_are_forgotten_where_the_context_is_full(talking):
     """All that fit into 60 tokens with an answer of 6 are remembered, and no others."""
-    lines = [f"the cat {word}" for word in ("sat", "on", "a", "mat", "the", "dog") * 2]
+    lines = ["the cat " * 9, *(f"the cat {word}" for word in ("sat", "on", "a", "mat", "the", "dog") * 2)]
     answers = turns(talking, lines).split("\n")
     fitting = []
     for index, line in enumerate(lines):
@@ -295,8 +295,7 @@ def test_the_oldest_turns_are_forgotten_where_the_context_is_full(talking):
                 break
         fitting.append(index - first)
         assert by_hand(talking, prompt) == answers[index]
-    assert fitting[:3] == [0, 1, 2]
-    assert fitting[-1] < len(lines) - 2
+    assert max(fitting) < len(lines) - 2
 
 
 def test_without_a_template_a_line_is_gone_on_with(plain):

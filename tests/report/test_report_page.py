@@ -376,8 +376,19 @@ def test_every_check_of_an_export_is_told_in_words(data: dict[str, Any]) -> None
         tokens=2,
         tolerance=1e-4,
         checks=dict.fromkeys(
-            ["weights", "weight_rounding", "prefill", "padded_batch", "decode", "greedy", "greedy_agreement"]
-            + ["adapter", "adapter_of_another_base", "1x1 after 0", "3x12 after 7"],
+            (
+                "weights",
+                "weight_rounding",
+                "prefill",
+                "padded_batch",
+                "decode",
+                "greedy",
+                "greedy_agreement",
+                "adapter",
+                "adapter_of_another_base",
+                "1x1 after 0",
+                "3x12 after 7",
+            ),
             0.0,
         ),
     )
