@@ -285,7 +285,7 @@ def _console() -> Console:
 
 def _prepared(recipe: Path | None, quiet: bool) -> tuple[Console, Reporter]:
     """Check the recipe, then have other libraries keep quiet, and return where to tell results and progress."""
-    from graphprune.recipe import load_recipe
+    from graphprune.recipe_file import load_recipe
 
     if recipe is not None:
         load_recipe(recipe)  # a typing error is told at once, before torch is imported

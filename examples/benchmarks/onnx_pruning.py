@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 from rich.console import Console
@@ -25,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import graphprune as gp
 from graphprune.export.runtime import OnnxDecoder
 from graphprune.export.write import FILE, export_onnx
+from graphprune.pipeline.onnx_arrays import text_arrays
 from graphprune.prune.budget import Layout
 from graphprune.saliency.onnx import ONNX_SALIENCIES
 from graphprune.source.demo import demo_folder
@@ -40,27 +38,6 @@ def dense_export(folder: Path, work: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         export_onnx(model, work / "dense")
     return work / "dense" / FILE
-
-
-def calibration(path: Path, windows: Windows) -> list[Mapping[str, Any]]:
-    """Return what the decoder's inputs are for windows of text, two at a time, with an empty cache."""
-    inputs = {
-        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
-        for value in onnx.load(path, load_external_data=False).graph.input
-    }
-    batches: list[Mapping[str, Any]] = []
-    for ids in windows.ids.split(2):
-        rows, length = ids.shape
-        feeds = {
-            "input_ids": ids.numpy(),
-            "attention_mask": np.ones((rows, length), np.int64),
-            "position_ids": np.tile(np.arange(length), (rows, 1)),
-        }
-        for name, shape in inputs.items():
-            if name.startswith("past_key_values."):
-                feeds[name] = np.zeros((rows, shape[1], 0, shape[3]), np.float32)
-        batches.append({name: array for name, array in feeds.items() if name in inputs})
-    return batches
 
 
 def measured(path: Path, windows: Windows, threads: int) -> float:
@@ -88,7 +65,9 @@ def main() -> None:
     def cut(file: str, window: int, limit: int) -> Windows:
         return cut_windows(read_text(str(DATA / file)), tokenizer, window=window, limit=limit, name=file)
 
-    evaluate, batches = cut("wikitext2.jsonl", 512, 8), calibration(path, cut("wikipedia.jsonl", 256, 24))
+    evaluate = cut("wikitext2.jsonl", 512, 8)
+    source = ir.load(path)
+    batches = [text_arrays(source, ids.numpy()) for ids in cut("wikipedia.jsonl", 256, 24).ids.split(2)]
     groups = gp.node_groups(gp.trace(str(path)))
     title = f"{path}, {evaluate.tokens} tokens; dense {measured(path, evaluate, given.threads):.1f}"
     table = Table(

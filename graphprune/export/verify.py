@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from graphprune.errors import SourceError, VerificationError
+from graphprune.export.agreement import Agreement, measure_agreement
 from graphprune.export.check import Check, raise_if_failed
 from graphprune.export.halves import in_float32
 from graphprune.export.runtime import Array, OnnxDecoder
@@ -26,8 +26,6 @@ from graphprune.export.verify_decoder import (
 from graphprune.export.verify_file import check_file
 from graphprune.export.verify_weights import WEIGHT_TOLERANCE, compare_weights
 
-LEAST_TOP1 = 0.8
-LARGEST_KL = 0.1
 TOLERANCE = 1e-4
 
 PROMPT = 8
@@ -62,9 +60,7 @@ class Verification:
         """All numbers with their bounds."""
         return [
             *(Check(name, error, bound_of(name, self.tolerance)) for name, error in self.checks.items()),
-            Check("max_abs_error", self.max_abs_error, None),
-            Check("top1_agreement", self.top1_agreement, LEAST_TOP1, at_least=True),
-            Check("kl", self.kl, LARGEST_KL),
+            *Agreement(self.max_abs_error, self.top1_agreement, self.kl, self.tokens).checks,
         ]
 
     @property
@@ -107,8 +103,8 @@ def measure_onnx(
        token by token from its cache, several shapes after several lengths of the past; and it writes greedily what
        torch writes (two tokens as good as each other, within the bound, are the same). The bound is `tolerance`.
     4. As it is, against the model as it is: rounded levels, and activations rounded to int8 in quantized products.
-       That error depends on the outliers of the
-       model and has no sharp bound: `LEAST_TOP1` of the tokens must agree, within `LARGEST_KL` nats a token.
+       That error depends on the outliers of the model and has no sharp bound: `agreement.LEAST_TOP1` of the tokens
+       must agree, within `agreement.LARGEST_KL` nats a token.
 
     Args:
         path: The file that `export_onnx` wrote.
@@ -137,12 +133,12 @@ def measure_onnx(
         with torch.no_grad(), in_float32(model):
             with replaced(model, rounded):
                 checks |= _compare_exactly(path, model, windows)
-            shipped = _compare_shipped(path, model, windows)
+            shipped, greedy_agreement = _compare_shipped(path, model, windows)
     except SourceError as error:
         raise VerificationError(error.problem, "export it again") from error
     finally:
         model.train(training)
-    checks["greedy_agreement"] = shipped.greedy_agreement
+    checks["greedy_agreement"] = greedy_agreement
     return Verification(
         max_abs_error=shipped.max_abs_error,
         top1_agreement=shipped.top1_agreement,
@@ -167,28 +163,16 @@ def _compare_exactly(path: Path, model: nn.Module, windows: list[list[int]]) -> 
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Shipped:
-    max_abs_error: float
-    top1_agreement: float
-    kl: float
-    greedy_agreement: float
-    tokens: int
-
-
-def _compare_shipped(path: Path, model: nn.Module, windows: list[list[int]]) -> _Shipped:
+def _compare_shipped(path: Path, model: nn.Module, windows: list[list[int]]) -> tuple[Agreement, float]:
+    """Return how far the file as it is agrees with torch, and on what share of the tokens that it writes."""
     decoder = OnnxDecoder(path)
-    error, agreeing, divergence, tokens = 0.0, 0, 0.0, 0
-    for window in windows:
-        reference = torch.from_numpy(_torch_logits(model, window)).double()
-        found = torch.from_numpy(decoder.logits(np.array([window], dtype=np.int64))[0]).double()
-        error = float(np.maximum(error, (reference - found).abs().max()))
-        agreeing += int((reference.argmax(-1) == found.argmax(-1)).sum())
-        log_p, log_q = reference.log_softmax(-1), found.log_softmax(-1)
-        divergence += float(functional.kl_div(log_q, log_p, log_target=True, reduction="sum"))
-        tokens += len(window)
+    found = measure_agreement(
+        decoder.logits,
+        lambda ids: _torch_logits(model, ids[0].tolist())[None],
+        [np.array([window], dtype=np.int64) for window in windows],
+    )
     same = compare_greedy(decoder, lambda text: _torch_logits(model, text), windows[0][:PROMPT], WRITTEN)[1]
-    return _Shipped(error, agreeing / tokens, divergence / tokens, same, tokens)
+    return found, same
 
 
 def _torch_logits(model: nn.Module, tokens: list[int]) -> Array:

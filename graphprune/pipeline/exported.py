@@ -10,7 +10,8 @@ from typing import Any
 
 from graphprune.errors import SourceError
 from graphprune.export.write import FILE
-from graphprune.recipe import Recipe, load_recipe
+from graphprune.recipe import Recipe
+from graphprune.recipe_file import load_recipe
 from graphprune.source.model import ModelSource, load_tokenizer
 
 _REMEDY = "give a run folder, a folder that holds model.onnx, or a .onnx file"

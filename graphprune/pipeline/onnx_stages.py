@@ -15,6 +15,7 @@ import torch
 from graphprune.certify.certificate import certify
 from graphprune.certify.onnx_session import Arrays, OnnxSession
 from graphprune.errors import QuantizationError, VerificationError
+from graphprune.export.agreement import measure_agreement
 from graphprune.export.check import raise_if_failed
 from graphprune.export.quantize_onnx import QuantizedOnnx, quantize_onnx
 from graphprune.export.runtime import OnnxDecoder
@@ -23,7 +24,6 @@ from graphprune.export.verify_quantized import distance, measure_packed, with_we
 from graphprune.export.write import DATA_FILE, FILE
 from graphprune.files import remove, replacing, size_of, write_json
 from graphprune.pipeline.onnx_genai import write_companions
-from graphprune.pipeline.onnx_logits import measure_logits
 from graphprune.pipeline.onnx_session import OnnxRun
 from graphprune.prune.budget import Budget, targets
 from graphprune.prune.onnx import one_shot_budget, prune_onnx
@@ -276,7 +276,7 @@ def _judge_decoder(
     with session.scratch("reference") as folder:
         ir.save(with_weights(pruned, quantized), folder / FILE, external_data=DATA_FILE)
         texts = [row["input_ids"] for row in session.verifying(pruned)[:-1]]
-        found = measure_logits(OnnxDecoder(file), OnnxDecoder(folder / FILE), texts)
+        found = measure_agreement(OnnxDecoder(file).logits, OnnxDecoder(folder / FILE).logits, texts)
         reference = session.judge(folder / FILE, "quantized, in float")
     raise_if_failed(str(file), found.checks)
     value = session.judge(file, "ONNX")

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from graphprune.export.verify import LARGEST_KL, LEAST_TOP1
+from graphprune.export.agreement import LARGEST_KL, LEAST_TOP1
 from graphprune.files import write_json
 from graphprune.pipeline.onnx_session import OnnxRun
 from graphprune.pipeline.onnx_stages import EXPORTED, PRUNED, onnx_bytes

@@ -23,7 +23,8 @@ from graphprune.pipeline.quantize import quantize_stage
 from graphprune.pipeline.session import Session
 from graphprune.pipeline.stamps import stage_stamps
 from graphprune.pipeline.summary import report_stage
-from graphprune.recipe import Recipe, dump_recipe, load_recipe
+from graphprune.recipe import Recipe
+from graphprune.recipe_file import dump_recipe, load_recipe
 from graphprune.report.group_files import GROUP_FILES
 from graphprune.report.schema import Report, read_report
 

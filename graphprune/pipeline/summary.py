@@ -15,7 +15,8 @@ import onnxruntime
 import psutil
 import torch
 
-from graphprune.export.verify import LARGEST_KL, LEAST_TOP1, bound_of
+from graphprune.export.agreement import LARGEST_KL, LEAST_TOP1
+from graphprune.export.verify import bound_of
 from graphprune.files import size_of, write_json
 from graphprune.pipeline.folder import RunFolder
 from graphprune.pipeline.session import Session

@@ -13,7 +13,8 @@ from graphprune.recipe import Recipe
 
 ROOT = Path(graphprune.__file__).parent
 FOR_RECIPES = (
-    "pipeline/", "cli.py", "recipe.py", "prune/methods/", "prune/target.py", "recover/course.py", "recover/sources.py"
+    "pipeline/", "cli.py", "recipe.py", "recipe_file.py",
+    "prune/methods/", "prune/target.py", "recover/course.py", "recover/sources.py"
 )  # fmt: skip
 """Called with recipes alone."""
 SECTIONS = "|".join(

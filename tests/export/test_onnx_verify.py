@@ -15,7 +15,7 @@ from torch import nn
 
 import quant
 from graphprune.errors import VerificationError
-from graphprune.export import verify
+from graphprune.export import agreement, verify
 from graphprune.export.check import Check, raise_if_failed
 from graphprune.export.verify import measure_onnx, verify_onnx
 
@@ -172,10 +172,10 @@ def test_a_weight_the_model_does_not_have_is_found(packed: Exported, dense: Expo
 
 
 def test_rounding_of_activations_is_bounded(packed: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "LARGEST_KL", 1e-9)
+    monkeypatch.setattr(agreement, "LARGEST_KL", 1e-9)
     with pytest.raises(VerificationError, match=r"kl .* > 1e-09"):
         verify_onnx(packed.path, packed.model, windows(12, 8))
-    monkeypatch.setattr(verify, "LEAST_TOP1", 1.1)
+    monkeypatch.setattr(agreement, "LEAST_TOP1", 1.1)
     with pytest.raises(VerificationError, match=r"top1_agreement .* < 1.1"):
         verify_onnx(packed.path, packed.model, windows(12, 8))
 

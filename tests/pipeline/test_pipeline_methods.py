@@ -17,7 +17,7 @@ from graphprune.pipeline.progress import Reporter
 from graphprune.pipeline.run import run
 from graphprune.pipeline.session import Session
 from graphprune.pipeline.stages import prune_stage, trace_stage
-from graphprune.recipe import load_recipe
+from graphprune.recipe_file import load_recipe
 
 MARK = "  settle_steps: 1"
 

@@ -44,7 +44,8 @@ from graphprune.pipeline.onnx_session import OnnxRun
 from graphprune.pipeline.progress import Reporter
 from graphprune.pipeline.run import run, run_until
 from graphprune.pipeline.verify_run import verify
-from graphprune.recipe import Prune, load_recipe
+from graphprune.recipe import Prune
+from graphprune.recipe_file import load_recipe
 from graphprune.report.schema import read_report
 from graphprune.report.terminal import summary_table
 

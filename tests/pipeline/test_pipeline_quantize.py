@@ -12,7 +12,7 @@ from graphprune.pipeline.inputs import open_inputs
 from graphprune.pipeline.progress import Reporter
 from graphprune.pipeline.quantize import quantize_stage
 from graphprune.pipeline.session import Session
-from graphprune.recipe import load_recipe
+from graphprune.recipe_file import load_recipe
 from quant import QuantLinear
 from quant.mix import mix_for_bits
 

@@ -15,7 +15,7 @@ from graphprune.errors import RecipeError, RunFolderError, SourceError
 from graphprune.pipeline.inputs import open_inputs
 from graphprune.pipeline.progress import Reporter
 from graphprune.pipeline.run import STAGES, run, run_until, stage_order
-from graphprune.recipe import load_recipe
+from graphprune.recipe_file import load_recipe
 from graphprune.recover import course
 
 SILENT = Reporter(None)

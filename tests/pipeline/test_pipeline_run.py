@@ -157,7 +157,7 @@ def test_layers_are_quantized_as_the_recipe_says(finished, bench):
     from transformers import AutoModelForCausalLM
 
     from graphprune.pipeline.inputs import open_inputs
-    from graphprune.recipe import load_recipe
+    from graphprune.recipe_file import load_recipe
     from quant import LoftQConfig, QuantLinear, loftq_model
     from quant.storage import load_quantized_
 

@@ -19,7 +19,7 @@ from graphprune.pipeline.progress import Reporter
 from graphprune.pipeline.run import STAGES, run_until
 from graphprune.pipeline.session import Session
 from graphprune.pipeline.stages import rehearse
-from graphprune.recipe import load_recipe
+from graphprune.recipe_file import load_recipe
 
 from conftest import save_tokenizer  # isort: skip
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from graphprune.errors import RecipeError
-from graphprune.recipe import dump_recipe, load_recipe
+from graphprune.recipe_file import dump_recipe, load_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "recipes"
 GOOD = "graphprune: 1\ndata: {train: a.txt, evaluate: b.txt}\n"

@@ -1,8 +1,8 @@
-"""Next-token predictions of one ONNX decoder against another's, in numbers."""
+"""Next-token predictions of one model against another's, in numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,18 @@ import torch
 from torch.nn import functional
 
 from graphprune.export.check import Check
-from graphprune.export.runtime import Integers, OnnxDecoder
-from graphprune.export.verify import LARGEST_KL, LEAST_TOP1
+from graphprune.export.runtime import Array, Integers
+
+LEAST_TOP1 = 0.8
+LARGEST_KL = 0.1
+
+Logits = Callable[[Integers], Array]
+"""From token ids (rows, tokens) to logits (rows, tokens, vocabulary)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far a decoder's predictions are from another's.
+    """How far a model's predictions are from another's.
 
     Attributes:
         max_abs_error: Largest difference of a logit.
@@ -49,20 +54,21 @@ class Agreement:
         }
 
 
-def measure_logits(found: OnnxDecoder, reference: OnnxDecoder, texts: Sequence[Integers]) -> Agreement:
-    """Compare two decoders, both as they are.
+def measure_agreement(found: Logits, reference: Logits, texts: Sequence[Integers]) -> Agreement:
+    """Compare two models, both as they are.
 
     Args:
-        found: The decoder that is judged.
+        found: The model that is judged.
         reference: What it is judged by.
         texts: Token ids, each (rows, tokens).
     """
     errors, agreeing, divergence, tokens = [0.0], 0, 0.0, 0
     for ids in texts:
-        one, other = (torch.from_numpy(decoder.logits(ids)).double() for decoder in (found, reference))
+        one, other = (torch.from_numpy(logits(ids)).double() for logits in (found, reference))
         errors.append(float((one - other).abs().max()))
         agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
         log_q, log_p = one.log_softmax(-1), other.log_softmax(-1)
         divergence += float(functional.kl_div(log_q, log_p, log_target=True, reduction="sum"))
         tokens += ids.size
+    # torch's maximum is nan if any number is; Python's is not.
     return Agreement(float(torch.tensor(errors).max()), agreeing / tokens, divergence / tokens, tokens)
