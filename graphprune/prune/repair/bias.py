@@ -16,8 +16,9 @@ from torch.fx import GraphModule
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import ShrinkError, TrainingError
 from graphprune.prune.repair.activations import Calibration, Redundant, gone_indices, sources, summed
+from graphprune.saliency.consumers import Consumer
 from graphprune.saliency.effective import EffectiveWeight, effective_weights
-from graphprune.saliency.gates import Consumer, Gates
+from graphprune.saliency.gates import Gates
 from graphprune.shrink.plan import Plan
 
 
