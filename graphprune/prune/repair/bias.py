@@ -101,7 +101,11 @@ def _weights(model: nn.Module, groups: NodeGroups, gates: Gates) -> list[tuple[C
         if consumer.dim not in (-1, None) or name in factors:
             continue
         shape = groups.graph.weights[name].shape
-        if consumer.dim is None or len(shape) != 2 or not hasattr(model.get_submodule(name.rpartition(".")[0]), "bias"):
+        if (
+            consumer.dim is None
+            or len(shape) != 2
+            or not hasattr(model.get_submodule(name.rpartition(".")[0]), "bias")
+        ):
             raise TrainingError(
                 f"{name} reads units that may go, and its layer has no place for a bias",
                 "repair by least squares, or leave this kind out of kinds (recipe: prune.repair, prune.kinds)",
