@@ -53,26 +53,33 @@ def computes_more(name: str, layer: nn.Module, plain: type[nn.Module]) -> QuantE
 
 def _measured(embedding: nn.Embedding) -> float | None:
     """Return the constant, or None where there is no one constant."""
-    table = _noise(embedding)
-    ids = torch.arange(len(table), device=table.device)
+    table = _noise(*embedding.weight.shape)
+    # Copies on the CPU: nothing of the module changes, and an index out of range is an error that can be told.
+    buffers = {name: buffer.to("cpu", copy=True) for name, buffer in embedding.named_buffers()}
+
+    def rows(ids: Tensor) -> Tensor:
+        found: Tensor = functional_call(embedding, {"weight": table, **buffers}, (ids,))
+        return found
+
+    ids = torch.arange(len(table), device="cpu")
     with torch.no_grad(), evaluation(embedding):
-        scale: float = _rows(embedding, table, ids[None, :1])[0, 0, 0].item()
+        scale: float = rows(ids[None, :1])[0, 0, 0].item()
         for training, some in _calls(ids):
             embedding.train(training)
-            if not _agree(_rows(embedding, table, some), table[some] * scale):
+            if not _agree(rows(some), table[some] * scale):
                 return None
     return scale
 
 
-def _noise(embedding: nn.Embedding) -> Tensor:
-    """Return a table of the embedding's shape, of which no two rows are alike and the first entry is 1.
+def _noise(rows: int, width: int) -> Tensor:
+    """Return a table of which no two rows are alike and the first entry is 1.
 
     Each row is the one before moved by a number, so that it takes no memory to speak of.
     """
-    rows, width = embedding.weight.shape
-    numbers = torch.randn(rows + width - 1, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    numbers = torch.randn(rows + width - 1, generator=generator, device="cpu")
     numbers[0] = 1
-    return numbers.to(embedding.weight.device).unfold(0, width, 1)
+    return numbers.unfold(0, width, 1)
 
 
 def _calls(ids: Tensor) -> Iterator[tuple[bool, Tensor]]:
@@ -81,11 +88,6 @@ def _calls(ids: Tensor) -> Iterator[tuple[bool, Tensor]]:
         yield False, some[None]
     yield False, ids[:_IDS_A_CALL, None]
     yield True, ids[None, :_IDS_A_CALL]
-
-
-def _rows(embedding: nn.Embedding, table: Tensor, ids: Tensor) -> Tensor:
-    rows: Tensor = functional_call(embedding, {"weight": table}, (ids,))
-    return rows
 
 
 def _agree(found: Tensor, wanted: Tensor) -> bool:

@@ -302,12 +302,21 @@ def test_what_a_stranger_says_when_it_is_called_is_kept() -> None:
     assert "past" in str(caught.value.__cause__)
 
 
+class Counting(ByBuffer):
+    """Keeps a buffer of its own that each call changes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(input)
+
+
 def test_finding_the_constant_touches_neither_module_nor_random_numbers() -> None:
-    embedding = ByBuffer(40, 16, 3.0)
-    table, version, state = embedding.weight, embedding.weight._version, torch.get_rng_state()
-    row_scale(embedding)
-    assert embedding.weight is table
-    assert embedding.weight._version == version
+    embedding = Counting(40, 16, 3.0)
+    embedding.register_buffer("calls", torch.tensor(0))
+    held = {id(tensor): tensor._version for tensor in (*embedding.parameters(), *embedding.buffers())}
+    state = torch.get_rng_state()
+    assert row_scale(embedding) == 3
+    assert {id(t): t._version for t in (*embedding.parameters(), *embedding.buffers())} == held
     assert embedding.training
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -316,3 +325,9 @@ def test_a_plain_embedding_is_not_even_called() -> None:
     embedding = nn.Embedding(40, 16, padding_idx=0, scale_grad_by_freq=True)
     embedding.register_forward_hook(lambda *_: pytest.fail("called"))
     assert row_scale(embedding) == 1
+
+
+def test_another_default_device_is_of_no_matter() -> None:
+    embedding = ByBuffer(40, 16, 3.0)
+    with torch.device("meta"):
+        assert row_scale(embedding) == 3
