@@ -56,16 +56,16 @@ IDS = {"ids": torch.arange(2, 14).view(2, 6)}
 
 
 def tiny_gemma() -> nn.Module:
-    """A tied head, norms of queries and keys, a layer that sees 8 tokens and one that sees all."""
+    """A tied head, norms of queries and keys, a layer that sees 8 tokens."""
     config = Gemma3TextConfig(
         hidden_size=WIDTH,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
         query_pre_attn_scalar=16,
-        layer_types=["sliding_attention", "full_attention"],
+        layer_types=["sliding_attention"],
         sliding_window=8,
         vocab_size=VOCABULARY,
         max_position_embeddings=64,
