@@ -12,11 +12,11 @@ import torch
 
 from graphprune.certify.certificate import certify
 from graphprune.errors import ShrinkError, VerificationError
-from graphprune.export.genai import write_genai_config
 from graphprune.export.runtime import OnnxDecoder
 from graphprune.export.verify import verify_onnx
 from graphprune.export.write import export_onnx
 from graphprune.files import remove, replacing, size_of, write_json, write_text
+from graphprune.pipeline.genai import write_genai
 from graphprune.pipeline.model_folder import save_adapter, save_model, save_recovered
 from graphprune.pipeline.session import Session
 from graphprune.pipeline.widths import budget_that_opens, describe_widths, measured_budget
@@ -240,7 +240,7 @@ def export_stage(session: Session) -> str:
             metadata=metadata,
         )
         session.inputs.tokenizer.save_pretrained(unverified)
-        _write_genai_config(session, unverified)
+        write_genai(session, unverified)
     windows = [
         row[: settings.verify_tokens].tolist()
         for row in session.inputs.evaluate.ids[: settings.verify_windows]
@@ -292,20 +292,6 @@ def _onnx_logits(decoder: OnnxDecoder) -> Callable[[torch.Tensor], torch.Tensor]
 
 def _count(session: Session) -> int:
     return sum(p.numel() for name, p in session.adapted.named_parameters() if name in session.counted)
-
-
-def _write_genai_config(session: Session, folder: Path) -> None:
-    config, tokenizer = session.quantized.config, session.inputs.tokenizer
-    ends = session.quantized.generation_config.eos_token_id
-    write_genai_config(
-        folder,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        context_length=config.max_position_embeddings,
-        eos_token_ids=ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends],
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 def _distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
