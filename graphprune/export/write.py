@@ -15,6 +15,8 @@ from graphprune.export.adapter_file import BASE, base_digest
 from graphprune.export.adapters import Adapters, check_adapters
 from graphprune.export.axes import DynamicAxes
 from graphprune.export.decoder import traceable_decoder
+from graphprune.export.encoder_decoder import has_halves, traceable_halves
+from graphprune.export.encoder_decoder_runtime import DECODER_FILE, ENCODER_FILE
 from graphprune.export.function import traceable_function
 from graphprune.export.graph_writer import MICROSOFT
 from graphprune.export.halves import HALVES
@@ -22,13 +24,14 @@ from graphprune.export.layouts import Profile, check_profile
 from graphprune.export.modules import ModuleWriter
 from graphprune.export.simplify import forget_traces, name_ends, name_initializers, simplify
 from graphprune.export.skip_norm import fuse_skip_norms
+from graphprune.export.stand_ins import DOMAIN
 from graphprune.export.traceable import PREFIX, Traceable
 from graphprune.export.tracing import OPSET, trace_to_onnx
 from graphprune.files import replacing
 from quant import PackedParameter, QuantLinear
 
 FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
+DATA_FILE = f"{FILE}.data"
 
 # Smaller initializers (shapes, scalars) stay in the graph's own file.
 _SMALLEST_EXTERNAL = 1024
@@ -88,27 +91,36 @@ def export_onnx(
     check_profile(profile)
     check_adapters(adapters)
     _check(model, examples, dynamic_axes)
+    base = _base(model, adapters)
     training = model.training
     model.eval()
     try:
-        traceable = (
-            traceable_decoder(model)
-            if examples is None
-            else traceable_function(model, examples, dynamic_axes)
-        )
-        onnx = trace_to_onnx(model, traceable)
-        name_initializers(onnx.graph, PREFIX, [*traceable.input_names, *traceable.output_names])
-        simplify(onnx)
-        if profile != "portable":
-            fuse_skip_norms(onnx.graph)
-        ModuleWriter(model, onnx.graph, profile=profile, exact=exact, adapters=adapters).write_all()
+        traceables = _traceables(model, examples, dynamic_axes)
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            for file, traceable in traceables.items():
+                onnx = trace_to_onnx(model, traceable)
+                name_initializers(onnx.graph, PREFIX, [*traceable.input_names, *traceable.output_names])
+                simplify(onnx)
+                if profile != "portable":
+                    fuse_skip_norms(onnx.graph)
+                ModuleWriter(model, onnx.graph, profile=profile, exact=exact, adapters=adapters).write_all()
+                _check_written(onnx.graph)
+                _finish(onnx, traceable, {**(metadata or {}), **base})
+                data = f"{file}.data"
+                ir.save(onnx, temporary / file, external_data=data, size_threshold_bytes=_SMALLEST_EXTERNAL)
     finally:
         model.train(training)
-    _finish(onnx, traceable, {**(metadata or {}), **_base(model, adapters)})
-    with replacing(folder) as temporary:
-        temporary.mkdir()
-        ir.save(onnx, temporary / FILE, external_data=DATA_FILE, size_threshold_bytes=_SMALLEST_EXTERNAL)
-    return folder / FILE
+    return folder / FILE if FILE in traceables else folder
+
+
+def _traceables(model: nn.Module, examples: Any, dynamic_axes: DynamicAxes | None) -> dict[str, Traceable]:
+    """Return a model as the tracer takes it, for each file by its name."""
+    if has_halves(model, examples):
+        return dict(zip((ENCODER_FILE, DECODER_FILE), traceable_halves(model, examples, dynamic_axes), strict=True))
+    if examples is None:
+        return {FILE: traceable_decoder(model)}
+    return {FILE: traceable_function(model, examples, dynamic_axes)}
 
 
 def _finish(onnx: ir.Model, traceable: Traceable, metadata: Mapping[str, str]) -> None:
@@ -120,6 +132,16 @@ def _finish(onnx: ir.Model, traceable: Traceable, metadata: Mapping[str, str]) -
     if any(node.domain == MICROSOFT for node in onnx.graph):
         onnx.opset_imports[MICROSOFT] = 1
     onnx.metadata_props.update(metadata)
+
+
+def _check_written(graph: ir.Graph) -> None:
+    """Raise if something is left that only stands for what no operator computes."""
+    for node in graph:
+        if node.domain == DOMAIN:
+            raise ExportError(
+                f"{node.op_type} is read, of which the file has no numbers",
+                "export models whose decoder reads the encoder's states only through its cache",
+            )
 
 
 def _base(model: nn.Module, adapters: Adapters) -> dict[str, str]:
