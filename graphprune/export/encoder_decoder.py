@@ -42,7 +42,8 @@ def has_halves(model: nn.Module, examples: Any) -> bool:
     That is an encoder-decoder of transformers that generates, unless the examples are more than its encoder's inputs.
     """
     config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False) or not model.can_generate():  # type: ignore[operator]
+    generates = getattr(model, "can_generate", None)
+    if not getattr(config, "is_encoder_decoder", False) or generates is None or not generates():
         return False
     if examples is None:
         return True
@@ -128,9 +129,7 @@ class EncoderHalf(nn.Module):
 
     def forward(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the model on one token; what only that token needs is in no result, and so in no graph."""
-        output = _first_step(self.model, with_tensors(self._inputs, tensors))
-        cross = output.past_key_values.cross_attention_cache
-        return [output.encoder_last_hidden_state, *_flat(cross)]
+        return encoded(self.model, with_tensors(self._inputs, tensors))
 
 
 class DecoderHalf(nn.Module):
@@ -168,6 +167,12 @@ class DecoderHalf(nn.Module):
             use_cache=True,
         )
         return output.logits, _flat(output.past_key_values.self_attention_cache)
+
+
+def encoded(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Return what `EncoderHalf` computes."""
+    output = _first_step(model, inputs)
+    return [output.encoder_last_hidden_state, *_flat(output.past_key_values.cross_attention_cache)]
 
 
 def _keywords(model: nn.Module, examples: Any) -> dict[str, Any]:
@@ -208,7 +213,7 @@ def _sizes(model: nn.Module, inputs: Mapping[str, Any]) -> Sizes:
 
 def _traceable_decoder(model: nn.Module, sizes: Sizes, mask: Tensor | None) -> Traceable:
     masks = [] if mask is None else [ENCODER_MASK]
-    batch, sequence, past, encoded = (Dim(name) for name in (BATCH, SEQUENCE, PAST, ENCODED))
+    batch, sequence, past, source = (Dim(name) for name in (BATCH, SEQUENCE, PAST, ENCODED))
     return Traceable(
         module=DecoderHalf(model, sizes),
         arguments=_example_arguments(sizes, mask),
@@ -216,7 +221,7 @@ def _traceable_decoder(model: nn.Module, sizes: Sizes, mask: Tensor | None) -> T
             {0: batch, 1: sequence},
             None if mask is None else {0: batch, 1: Dim.AUTO},
             [{0: batch, 2: past} for _ in range(2 * len(sizes.own))],
-            [{0: batch, 2: encoded} for _ in range(2 * len(sizes.cross))],
+            [{0: batch, 2: source} for _ in range(2 * len(sizes.cross))],
         ),
         input_names=[
             "input_ids",
@@ -233,12 +238,18 @@ def _traceable_decoder(model: nn.Module, sizes: Sizes, mask: Tensor | None) -> T
 
 def _example_arguments(sizes: Sizes, mask: Tensor | None) -> tuple[Any, ...]:
     """Return small arguments with which `DecoderHalf` is traced; no two of their free sizes are equal."""
-    batch, encoded = sizes.states[:2]
-    taken = {batch, encoded, *(() if mask is None else mask.shape)}
-    sequence, past = (size for size, _ in zip((n for n in count(3) if n not in taken), range(2), strict=False))
+    batch, source = sizes.states[:2]
+    taken = {batch, source, *(() if mask is None else mask.shape)}
+    sequence, past = (
+        size for size, _ in zip((n for n in count(3) if n not in taken), range(2), strict=False)
+    )
     own, cross = (
-        [torch.zeros(batch, heads, tokens, size) for layer in layers for heads, size in (layer.key, layer.value)]
-        for layers, tokens in ((sizes.own, past), (sizes.cross, encoded))
+        [
+            torch.zeros(batch, heads, tokens, size)
+            for layer in layers
+            for heads, size in (layer.key, layer.value)
+        ]
+        for layers, tokens in ((sizes.own, past), (sizes.cross, source))
     )
     return torch.zeros(batch, sequence, dtype=torch.long), mask, own, cross
 
@@ -250,8 +261,8 @@ def _name_axes(graph: ir.Graph, sizes: Sizes, masked: bool) -> None:
     past, cross = cache(sizes.own, PAST), cache(sizes.cross, ENCODED)
     masks: list[tuple[int | str | None, ...]] = []
     if masked:
-        lengths = graph.inputs[1].shape, graph.inputs[2 + len(past)].shape
-        same = None not in lengths and lengths[0][1] == lengths[1][2]
+        mask, keys = graph.inputs[1].shape, graph.inputs[2 + len(past)].shape
+        same = mask is not None and keys is not None and mask[1] == keys[2]
         masks = [(BATCH, ENCODED if same else ENCODER_INPUT)]
     inputs = [(BATCH, SEQUENCE), *masks, *past, *cross]
     name_dimensions(graph.inputs[: len(inputs)], inputs)

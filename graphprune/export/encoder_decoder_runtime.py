@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from graphprune.errors import SourceError
 from graphprune.export.exact import EXACT, exact_graph
 from graphprune.export.runtime import OnnxDecoder, Provider, clear_errors, open_session
 

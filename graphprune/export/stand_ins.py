@@ -39,7 +39,9 @@ class _StandIn(nn.Module):
         return opaque(WEIGHT, (), self.shape, module=self.name)
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = (*x.shape[:-1], self.out_features) if self.operator == LINEAR else (*x.shape, self.embedding_dim)
+        shape = (
+            (*x.shape[:-1], self.out_features) if self.operator == LINEAR else (*x.shape, self.embedding_dim)
+        )
         return opaque(self.operator, (x,), shape, module=self.name)
 
 

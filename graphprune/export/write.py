@@ -1,4 +1,4 @@
-"""A model as one compact ONNX file: a causal language model with its key-value cache, or any function of tensors."""
+"""A model as compact ONNX files: a decoder with its cache, an encoder beside it, or any function of tensors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def export_onnx(
     adapters: Adapters = "overridable",
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a model as `model.onnx` and `model.onnx.data`; a folder of that name is replaced whole.
+    """Write a model as `model.onnx` and `model.onnx.data`, or a pair of such; a folder of that name is replaced whole.
 
     Matrices of `QuantLinear`, `QuantEmbedding` and `PackedParameter` (Conv1D's, stacks of experts) keep their bits, a
     tied head shares them, and each adapter is a pair of overridable initializers `<module>.lora_A.weight` (in, rank)
@@ -63,11 +63,20 @@ def export_onnx(
     With examples any model is written, and no cache: an encoder, a classifier, a plain net. Inputs have the examples'
     names, outputs those that the model gives them (fields or keys), else `output`, `output_1`, ....
 
+    An encoder-decoder that generates becomes two files with caches, without examples or with examples of its encoder's
+    inputs; with examples of the decoder's as well it is one graph without a cache. `encoder.onnx` gives
+    last_hidden_state, and present.N.encoder.key and .value, which attention to the encoder reads; `decoder.onnx` reads
+    these as past_key_values.N.encoder.key and .value, beside input_ids, encoder_attention_mask where the examples
+    have an attention_mask, and past_key_values.N.decoder.key and .value of its own tokens. It serves prefill and
+    decoding, and gives logits (batch, sequence, vocabulary), present.N.decoder.key and .value. A file stores the
+    weights that it reads, those of both are stored twice.
+
     Args:
         model: A model in float32, float16 or bfloat16. It is not changed. The file computes in float32; dense matrices
             of 16 bits are stored as they are, and a session widens them when it opens.
-        folder: Where the two files go.
-        examples: None for a causal language model of transformers that takes a `DynamicCache`. Else inputs as
+        folder: Where the files go.
+        examples: None for a causal language model of transformers that takes a `DynamicCache`, or an encoder-decoder
+            that reads token ids and takes an `EncoderDecoderCache`. Else inputs as
             `graphprune.trace` takes them: keyword arguments of the model's forward by name; or one tensor, or a
             tuple of the first ones. What is no tensor in them is fixed.
         dynamic_axes: With examples, the free axes of each input and their names, such as ``{"pixel_values": {0:
@@ -83,7 +92,7 @@ def export_onnx(
         metadata: Entries for the file's `metadata_props`.
 
     Returns:
-        The path of `model.onnx`.
+        The path of `model.onnx`; of a pair the folder.
 
     Raises:
         ExportError: If the model cannot be traced or translated, or does not take the examples.
@@ -117,7 +126,9 @@ def export_onnx(
 def _traceables(model: nn.Module, examples: Any, dynamic_axes: DynamicAxes | None) -> dict[str, Traceable]:
     """Return a model as the tracer takes it, for each file by its name."""
     if has_halves(model, examples):
-        return dict(zip((ENCODER_FILE, DECODER_FILE), traceable_halves(model, examples, dynamic_axes), strict=True))
+        return dict(
+            zip((ENCODER_FILE, DECODER_FILE), traceable_halves(model, examples, dynamic_axes), strict=True)
+        )
     if examples is None:
         return {FILE: traceable_decoder(model)}
     return {FILE: traceable_function(model, examples, dynamic_axes)}
