@@ -47,12 +47,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "Bart": {**LAYERS, "max_position_embeddings": 64},
     "Marian": {**LAYERS, "max_position_embeddings": 64, "decoder_vocab_size": VOCABULARY},
+    "M2M100": {**LAYERS, "max_position_embeddings": 64},
+    "Speech2Text": {
+        **LAYERS,
+        "input_feat_per_channel": 8,
+        "conv_channels": 16,
+        "num_conv_layers": 1,
+        "conv_kernel_sizes": (3,),
+        "max_source_positions": 64,
+        "max_target_positions": 64,
+    },
     "Whisper": {**LAYERS, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 32},
 }
 MODELS: dict[str, Callable[[str], nn.Module]] = {
     "T5": lambda name: _pretrained(name, "ForConditionalGeneration"),
     "Bart": lambda name: _pretrained(name, "ForConditionalGeneration"),
     "Marian": lambda name: _pretrained(name, "MTModel"),
+    "M2M100": lambda name: _pretrained(name, "ForConditionalGeneration"),
+    "Speech2Text": lambda name: _pretrained(name, "ForConditionalGeneration"),
     "Whisper": lambda name: _pretrained(name, "ForConditionalGeneration"),
     "ViT and GPT-2": lambda _: _vision(),
 }
@@ -68,6 +80,9 @@ def encoder_examples(name: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     if name == "Whisper":
         return {"input_features": torch.randn(2, 8, 40, generator=generator)}
+    if name == "Speech2Text":
+        frames = torch.randn(2, 17, 8, generator=generator)
+        return {"input_features": frames, "attention_mask": torch.ones(2, 17, dtype=torch.long)}
     if name not in SETTINGS:
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
     ids = torch.randint(3, VOCABULARY, (2, 11), generator=generator)

@@ -39,7 +39,8 @@ _TEXT = (2, 7)
 def has_halves(model: nn.Module, examples: Any) -> bool:
     """Return whether a model is to be written as an encoder and a decoder with caches.
 
-    That is an encoder-decoder of transformers that generates, unless the examples are more than its encoder's inputs.
+    That is an encoder-decoder of transformers that generates, unless the examples are more than its encoder's inputs;
+    whether to use a cache is not the encoder's business.
     """
     config = getattr(model, "config", None)
     generates = getattr(model, "can_generate", None)
@@ -48,7 +49,7 @@ def has_halves(model: nn.Module, examples: Any) -> bool:
     if examples is None:
         return True
     read = inspect.signature(model.get_encoder().forward).parameters  # type: ignore[operator]
-    return _keywords(model, examples).keys() <= read.keys()
+    return _keywords(model, examples).keys() <= read.keys() - {"use_cache"}
 
 
 def traceable_halves(
@@ -213,14 +214,15 @@ def _sizes(model: nn.Module, inputs: Mapping[str, Any]) -> Sizes:
 
 def _traceable_decoder(model: nn.Module, sizes: Sizes, mask: Tensor | None) -> Traceable:
     masks = [] if mask is None else [ENCODER_MASK]
-    batch, sequence, past, source = (Dim(name) for name in (BATCH, SEQUENCE, PAST, ENCODED))
+    batch, source = Dim(BATCH), Dim(ENCODED)
     return Traceable(
         module=DecoderHalf(model, sizes),
         arguments=_example_arguments(sizes, mask),
         dynamic_shapes=(
-            {0: batch, 1: sequence},
+            # Not named dimensions: tables of positions bound their sum, which torch allows of free ones alone.
+            {0: batch, 1: Dim.AUTO},
             None if mask is None else {0: batch, 1: Dim.AUTO},
-            [{0: batch, 2: past} for _ in range(2 * len(sizes.own))],
+            [{0: batch, 2: Dim.AUTO} for _ in range(2 * len(sizes.own))],
             [{0: batch, 2: source} for _ in range(2 * len(sizes.cross))],
         ),
         input_names=[
@@ -265,8 +267,19 @@ def _name_axes(graph: ir.Graph, sizes: Sizes, masked: bool) -> None:
         same = mask is not None and keys is not None and mask[1] == keys[2]
         masks = [(BATCH, ENCODED if same else ENCODER_INPUT)]
     inputs = [(BATCH, SEQUENCE), *masks, *past, *cross]
+    for value, names in zip(graph.inputs, inputs, strict=False):
+        _check_free(value, names)
     name_dimensions(graph.inputs[: len(inputs)], inputs)
     name_dimensions(graph.outputs, [(BATCH, SEQUENCE, None), *cache(sizes.own, TOTAL)])
+
+
+def _check_free(value: ir.Value, names: Iterable[int | str | None]) -> None:
+    for size, name in zip(value.shape or (), names, strict=True):
+        if isinstance(size, int) and isinstance(name, str):
+            raise ExportError(
+                f"the decoder takes one {name} only: {value.name} is {value.shape}",
+                "export models that take any number of tokens after any number of others",
+            )
 
 
 def _names(layers: Iterable[CacheLayer], prefix: str, side: str) -> list[str]:

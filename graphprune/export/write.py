@@ -100,7 +100,7 @@ def export_onnx(
     check_profile(profile)
     check_adapters(adapters)
     _check(model, examples, dynamic_axes)
-    base = _base(model, adapters)
+    metadata = {**(metadata or {}), **_base(model, adapters)}
     training = model.training
     model.eval()
     try:
@@ -108,14 +108,8 @@ def export_onnx(
         with replacing(folder) as temporary:
             temporary.mkdir()
             for file, traceable in traceables.items():
-                onnx = trace_to_onnx(model, traceable)
-                name_initializers(onnx.graph, PREFIX, [*traceable.input_names, *traceable.output_names])
-                simplify(onnx)
-                if profile != "portable":
-                    fuse_skip_norms(onnx.graph)
-                ModuleWriter(model, onnx.graph, profile=profile, exact=exact, adapters=adapters).write_all()
-                _check_written(onnx.graph)
-                _finish(onnx, traceable, {**(metadata or {}), **base})
+                onnx = _translated(model, traceable, profile=profile, exact=exact, adapters=adapters)
+                onnx.metadata_props.update(metadata)
                 data = f"{file}.data"
                 ir.save(onnx, temporary / file, external_data=data, size_threshold_bytes=_SMALLEST_EXTERNAL)
     finally:
@@ -126,15 +120,28 @@ def export_onnx(
 def _traceables(model: nn.Module, examples: Any, dynamic_axes: DynamicAxes | None) -> dict[str, Traceable]:
     """Return a model as the tracer takes it, for each file by its name."""
     if has_halves(model, examples):
-        return dict(
-            zip((ENCODER_FILE, DECODER_FILE), traceable_halves(model, examples, dynamic_axes), strict=True)
-        )
+        encoder, decoder = traceable_halves(model, examples, dynamic_axes)
+        return {DECODER_FILE: decoder, ENCODER_FILE: encoder}
     if examples is None:
         return {FILE: traceable_decoder(model)}
     return {FILE: traceable_function(model, examples, dynamic_axes)}
 
 
-def _finish(onnx: ir.Model, traceable: Traceable, metadata: Mapping[str, str]) -> None:
+def _translated(
+    model: nn.Module, traceable: Traceable, *, profile: Profile, exact: bool, adapters: Adapters
+) -> ir.Model:
+    onnx = trace_to_onnx(model, traceable)
+    name_initializers(onnx.graph, PREFIX, [*traceable.input_names, *traceable.output_names])
+    simplify(onnx)
+    if profile != "portable":
+        fuse_skip_norms(onnx.graph)
+    ModuleWriter(model, onnx.graph, profile=profile, exact=exact, adapters=adapters).write_all()
+    _finish(onnx, traceable)
+    _check_written(onnx.graph)
+    return onnx
+
+
+def _finish(onnx: ir.Model, traceable: Traceable) -> None:
     name_ends(onnx.graph, traceable.input_names, traceable.output_names)
     traceable.name_axes(onnx.graph)
     forget_traces(onnx)
@@ -142,7 +149,6 @@ def _finish(onnx: ir.Model, traceable: Traceable, metadata: Mapping[str, str]) -
     onnx.opset_imports[""] = OPSET
     if any(node.domain == MICROSOFT for node in onnx.graph):
         onnx.opset_imports[MICROSOFT] = 1
-    onnx.metadata_props.update(metadata)
 
 
 def _check_written(graph: ir.Graph) -> None:

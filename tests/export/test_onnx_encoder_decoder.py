@@ -34,26 +34,29 @@ from graphprune.export.write import export_onnx
 
 FILES = ("encoder.onnx", "decoder.onnx")
 LAYERS, HEADS, SIZE, WIDTH, VOCABULARY = 2, 2, 16, 32, 67
-WEIGHTS = {"T5": "dense", "Bart": "nf4", "Whisper": "int4", "Marian": "pruned", "ViT and GPT-2": "bfloat16"}
+WEIGHTS = {"T5": "dense", "Bart": "nf4", "Whisper": "int4", "M2M100": "pruned", "Speech2Text": "bfloat16"}
 PACKED = ("nf4", "int4")
 PRUNED = {
     "model.decoder.layers.0.self_attn:attention_heads": [0],
     "model.decoder.layers.1.encoder_attn:attention_heads": [1],
     "model.decoder.layers.1:ffn": list(range(9)),
 }
-CROSSING = (
-    *("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj"),
-    "crossattention.c_attn",
-)
+CROSSING = ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj")
 SIDES = ("decoder", "encoder")
 CACHE = [(layer, part) for layer in range(LAYERS) for part in ("key", "value")]
+
+
+def in_dtype(examples: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {
+        key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in examples.items()
+    }
 
 
 def changed(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """Return a model with weights of its kind in `WEIGHTS`, and examples for it."""
     model, examples = encoder_decoder(name), encoder_examples(name)
     if WEIGHTS[name] == "bfloat16":
-        return model.bfloat16(), {key: tensor.bfloat16() for key, tensor in examples.items()}
+        return model.bfloat16(), in_dtype(examples, torch.bfloat16)
     if WEIGHTS[name] == "pruned":
         inputs = {**examples, "decoder_input_ids": torch.tensor(texts(2, 7)), "use_cache": False}
         groups = gp.node_groups(gp.trace(model, inputs))
@@ -72,9 +75,21 @@ def written(name: str, folder: Path) -> Exported:
     return Exported(model, export_onnx(model, folder, examples=given, metadata={"graphprune": "a test"}))
 
 
+class Pairs(dict[str, Exported]):
+    """Exported models by name, each written when a test first asks for it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, name: str) -> Exported:
+        self[name] = written(name, self._folder / name)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
-    return {name: written(name, tmp_path_factory.mktemp("pair") / "onnx") for name in WEIGHTS}
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    return Pairs(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(params=WEIGHTS)
@@ -97,13 +112,10 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def test_both_files_are_torchs_with_exact_activations(pairs: dict[str, Exported], name: str) -> None:
+def test_both_files_are_torchs_with_exact_activations(pairs: Pairs, name: str) -> None:
     exported = pairs[name]
     dtype = exported.model.dtype  # type: ignore[union-attr]
-    examples = {
-        key: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for key, tensor in encoder_examples(name).items()
-    }
+    examples = in_dtype(encoder_examples(name), dtype)
     found = gp.verify_encoder_decoder(exported.path, exported.model, examples, texts(4, 20))
     assert all(parameter.dtype == dtype for parameter in exported.model.parameters())
     checks = {
@@ -120,7 +132,7 @@ def test_both_files_are_torchs_with_exact_activations(pairs: dict[str, Exported]
     assert found.kl < 1e-3
 
 
-def test_names_and_symbols_are_those_of_the_documentation(pairs: dict[str, Exported]) -> None:
+def test_names_and_symbols_are_those_of_the_documentation(pairs: Pairs) -> None:
     def ends(file: str) -> tuple[dict[str, list[int | str]], dict[str, list[int | str]]]:
         graph = load(pairs["T5"].path / file).graph
         return shapes(list(graph.input)), shapes(list(graph.output))
@@ -144,15 +156,22 @@ def test_names_and_symbols_are_those_of_the_documentation(pairs: dict[str, Expor
     )
 
 
-def test_an_encoder_without_a_mask_has_none_in_either_file(pairs: dict[str, Exported]) -> None:
+def test_an_encoder_without_a_mask_has_none_in_either_file(pairs: Pairs) -> None:
     inputs = [shapes(list(load(pairs["Whisper"].path / file).graph.input)) for file in FILES]
     assert inputs[0]["input_features"] == ["batch_size", 8, 40]
     assert not any("mask" in key for each in inputs for key in each)
 
 
-def test_each_file_holds_the_weights_that_it_reads_and_no_others(
-    pairs: dict[str, Exported], name: str
+def test_a_mask_of_other_length_than_what_is_encoded_has_a_name_of_its_own(
+    pairs: Pairs,
 ) -> None:
+    """Two frames become one state."""
+    inputs = shapes(list(load(pairs["Speech2Text"].path / "decoder.onnx").graph.input))
+    assert inputs["encoder_attention_mask"] == ["batch_size", "encoder_input_length"]
+    assert inputs["past_key_values.0.encoder.key"] == ["batch_size", HEADS, "encoder_sequence_length", SIZE]
+
+
+def test_each_file_holds_the_weights_that_it_reads_and_no_others(pairs: Pairs, name: str) -> None:
     """Keys and values of the attention to the encoder are in the encoder's file alone, all else of a decoder is not."""
     model: Any = pairs[name].model
     inner = {id(part) for part in (*model.get_encoder().modules(), *model.get_encoder().parameters())}
@@ -164,7 +183,7 @@ def test_each_file_holds_the_weights_that_it_reads_and_no_others(
     encoder = tied | {key for key, module in model.named_modules() if id(module) in inner}
     decoder = {key for key, _ in model.named_modules()} - encoder
     crossing = {key for key in decoder if key.endswith(CROSSING)}
-    assert len(crossing) in (LAYERS, 2 * LAYERS)  # keys and values of a layer are one matrix or two
+    assert len(crossing) == 2 * LAYERS
 
     def stored(file: str) -> set[str]:
         names = [str(tensor.name) for tensor in load(pairs[name].path / file).graph.initializer]
@@ -179,9 +198,7 @@ def test_each_file_holds_the_weights_that_it_reads_and_no_others(
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_file_is_valid_and_every_node_of_it_is_needed(
-    pairs: dict[str, Exported], name: str, file: str
-) -> None:
+def test_a_file_is_valid_and_every_node_of_it_is_needed(pairs: Pairs, name: str, file: str) -> None:
     path = pairs[name].path / file
     onnx.checker.check_model(str(path), full_check=True)
     graph = ir.load(path).graph
@@ -198,17 +215,21 @@ def test_a_file_is_valid_and_every_node_of_it_is_needed(
     assert ir.load(path).metadata_props == {"graphprune": "a test", **base}
 
 
-def test_the_encoder_attends_to_its_inputs_alone(pairs: dict[str, Exported], name: str) -> None:
-    """One attention for each layer of the encoder, two for each of the decoder."""
-    counts = [
-        [node.op_type for node in load(pairs[name].path / file).graph.node].count("Attention")
+@pytest.mark.parametrize("name", ["T5", "Bart", "Whisper", "M2M100"])
+def test_attention_is_as_few_operators_as_can_be(pairs: Pairs, name: str) -> None:
+    """One for each layer of the encoder, two for each of the decoder; all but those to the encoder split heads."""
+    found = [
+        [node for node in ir.load(pairs[name].path / file).graph if node.op_type == "Attention"]
         for file in FILES
     ]
-    assert counts == [2 if name == "T5" else 1, 2 * LAYERS]
+    layers = 2 if name == "T5" else 1
+    assert [len(nodes) for nodes in found] == [layers, 2 * LAYERS]
+    flat = [sum("q_num_heads" in node.attributes for node in nodes) for nodes in found]
+    assert flat == [layers, LAYERS]
 
 
 @pytest.mark.parametrize("name", ["T5", "Bart"])
-def test_rows_of_a_padded_batch_are_what_they_are_alone(pairs: dict[str, Exported], name: str) -> None:
+def test_rows_of_a_padded_batch_are_what_they_are_alone(pairs: Pairs, name: str) -> None:
     pair = OnnxEncoderDecoder(pairs[name].path, exact=True)
     inputs, ids = arrays(name), np.array(texts(2, 9))
     inputs["attention_mask"][1, 6:] = 0
@@ -218,7 +239,7 @@ def test_rows_of_a_padded_batch_are_what_they_are_alone(pairs: dict[str, Exporte
         assert error(together[row : row + 1], pair.encode(alone).logits(ids[row : row + 1])) < 1e-5
 
 
-def test_greedy_texts_are_those_of_transformers(pairs: dict[str, Exported]) -> None:
+def test_greedy_texts_are_those_of_transformers(pairs: Pairs) -> None:
     """By the runtime, by a Generator over it, and by the example that users copy, all rows at once."""
     exported: Any = pairs["T5"]
     expected = exported.model.generate(
@@ -231,7 +252,7 @@ def test_greedy_texts_are_those_of_transformers(pairs: dict[str, Exported]) -> N
     assert list(Generator(decoder).generate([1], 12)) == expected[0].tolist()
 
 
-def test_the_example_writes_until_the_end_token(pairs: dict[str, Exported], tmp_path: Path) -> None:
+def test_the_example_writes_until_the_end_token(pairs: Pairs, tmp_path: Path) -> None:
     np.savez(tmp_path / "inputs.npz", **arrays("T5", rows=1))
     free = [int(tokens[0]) for tokens in generate(pairs["T5"].path, arrays("T5", rows=1), 1, 12)]
     script = Path(__file__).parents[2] / "examples" / "onnx_encoder_decoder.py"
@@ -270,7 +291,7 @@ def fed_anew(
     raise AssertionError
 
 
-def test_other_adapters_are_fed_to_each_file(pairs: dict[str, Exported], tmp_path: Path) -> None:
+def test_other_adapters_are_fed_to_each_file(pairs: Pairs, tmp_path: Path) -> None:
     """A pair with another model's adapters is that model, as far as NF4 by a table of bytes is."""
     exported = pairs["Bart"]
     other = copy.deepcopy(exported.model)
@@ -291,8 +312,8 @@ def test_other_adapters_are_fed_to_each_file(pairs: dict[str, Exported], tmp_pat
         write_adapter(other, tmp_path / "x", model_file=pairs["T5"].path / "encoder.onnx")
 
 
-def test_a_pruned_model_has_heads_of_its_own_in_each_layer(pairs: dict[str, Exported]) -> None:
-    inputs = shapes(list(load(pairs["Marian"].path / "decoder.onnx").graph.input))
+def test_a_pruned_model_has_heads_of_its_own_in_each_layer(pairs: Pairs) -> None:
+    inputs = shapes(list(load(pairs["M2M100"].path / "decoder.onnx").graph.input))
     heads = {side: [inputs[f"past_key_values.{n}.{side}.key"][1] for n in range(LAYERS)] for side in SIDES}
     assert heads == {"decoder": [1, 2], "encoder": [2, 1]}
 
@@ -303,6 +324,7 @@ def test_examples_say_which_of_both_forms_is_meant() -> None:
     assert has_halves(model, examples)
     assert has_halves(model, examples["input_ids"])
     assert not has_halves(model, {**examples, "decoder_input_ids": examples["input_ids"]})
+    assert not has_halves(model, {**examples, "use_cache": False})
     assert not has_halves(model.get_decoder(), None)  # type: ignore[operator]
     assert not has_halves(nn.Linear(3, 3), None)
     config = BartConfig(
@@ -311,7 +333,7 @@ def test_examples_say_which_of_both_forms_is_meant() -> None:
     assert not has_halves(BartForSequenceClassification(config), examples)
 
 
-def test_axes_that_the_user_names(pairs: dict[str, Exported], tmp_path: Path) -> None:
+def test_axes_that_the_user_names(pairs: Pairs, tmp_path: Path) -> None:
     """Checked before anything is traced."""
     model, examples = pairs["T5"].model, encoder_examples("T5")
     with pytest.raises(ExportError, match="names the input 'pixels'"):
@@ -319,9 +341,7 @@ def test_axes_that_the_user_names(pairs: dict[str, Exported], tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_encoder_of_other_inputs_than_text_wants_examples(
-    pairs: dict[str, Exported], tmp_path: Path
-) -> None:
+def test_an_encoder_of_other_inputs_than_text_wants_examples(pairs: Pairs, tmp_path: Path) -> None:
     model = pairs["Whisper"].model
     with pytest.raises(ExportError, match=r"reads input_features, of unknown sizes\n.*examples="):
         export_onnx(model, tmp_path / "onnx")
@@ -331,7 +351,7 @@ def test_an_encoder_of_other_inputs_than_text_wants_examples(
 
 
 @pytest.fixture
-def broken(pairs: dict[str, Exported], tmp_path: Path) -> Path:
+def broken(pairs: Pairs, tmp_path: Path) -> Path:
     """A copy of T5's files, to be damaged."""
     return Path(shutil.copytree(pairs["T5"].path, tmp_path / "onnx"))
 
@@ -341,7 +361,7 @@ def measured(folder: Path, exported: Exported) -> dict[str, float]:
     return found.checks
 
 
-def test_a_cache_that_is_wrong_is_found(pairs: dict[str, Exported], broken: Path) -> None:
+def test_a_cache_that_is_wrong_is_found(pairs: Pairs, broken: Path) -> None:
     """The present keys of two layers are swapped: a prefill does not mind, whatever follows does."""
     model = ir.load(broken / "decoder.onnx")
     first, second = (value for value in model.graph.outputs if str(value.name).endswith(".decoder.key"))
@@ -354,7 +374,7 @@ def test_a_cache_that_is_wrong_is_found(pairs: dict[str, Exported], broken: Path
         gp.verify_encoder_decoder(broken, pairs["T5"].model, encoder_examples("T5"), texts(3, 20))
 
 
-def test_a_mask_that_is_not_heeded_is_found(pairs: dict[str, Exported], broken: Path) -> None:
+def test_a_mask_that_is_not_heeded_is_found(pairs: Pairs, broken: Path) -> None:
     model = ir.load(broken / "decoder.onnx")
     mask = next(value for value in model.graph.inputs if value.name == "encoder_attention_mask")
     heedless = ir.node("Max", [mask, ir.Value(name="one")])
@@ -370,14 +390,14 @@ def test_a_mask_that_is_not_heeded_is_found(pairs: dict[str, Exported], broken: 
     assert found["prefill"] < 1e-5 < 1e-3 < found["padded_batch"]
 
 
-def test_another_model_is_found(pairs: dict[str, Exported]) -> None:
+def test_another_model_is_found(pairs: Pairs) -> None:
     other = copy.deepcopy(pairs["T5"])
     with torch.no_grad():
         other.model.get_encoder().final_layer_norm.weight[3] += 0.1  # type: ignore[operator, union-attr]
     assert measured(pairs["T5"].path, other)["encoder"] > 1e-3
 
 
-def test_what_cannot_be_compared_is_refused(pairs: dict[str, Exported], broken: Path) -> None:
+def test_what_cannot_be_compared_is_refused(pairs: Pairs, broken: Path) -> None:
     exported = pairs["T5"]
     for windows in ([], texts(1, 9), [[1], [1, 2]]):
         with pytest.raises(VerificationError, match="too little to verify"):
@@ -404,7 +424,16 @@ def test_a_decoder_that_reads_the_encoders_states_themselves_is_refused(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mask_may_be_left_out_where_nothing_is_padding(pairs: dict[str, Exported]) -> None:
+def test_a_decoder_that_takes_one_number_of_tokens_only_is_refused(tmp_path: Path) -> None:
+    model: Any = encoder_decoder("Marian")
+    model.model.decoder.layers[0].register_forward_hook(
+        lambda _, args, output: output.reshape(-1, 3 if output.shape[1] == 3 else output.shape[1], WIDTH)
+    )
+    with pytest.raises(ExportError, match="takes one sequence_length only: input_ids is"):
+        export_onnx(model, tmp_path / "onnx")
+
+
+def test_a_mask_may_be_left_out_where_nothing_is_padding(pairs: Pairs) -> None:
     pair, ids = OnnxEncoderDecoder(pairs["T5"].path), np.array(texts(2, 5))
     without = pair.encode({"input_ids": arrays("T5")["input_ids"]}).logits(ids)
     np.testing.assert_array_equal(without, pair.encode(arrays("T5")).logits(ids))
