@@ -35,6 +35,6 @@ def test_a_translator_is_written_as_two_files_and_verified(
     ids = torch.randint(50, (2, 11))
     names = {"translator": T5ForConditionalGeneration(config), "ids": ids, "mask": torch.ones_like(ids)}
     monkeypatch.chdir(tmp_path)
-    exec(code, {**names, "token_windows": [[0, 5, 6, 7], [0, 8, 9]]})
+    exec(code, {**names, "texts": [[0, 5, 6, 7], [0, 8, 9]]})
     written = {f"{half}.onnx{data}" for half in ("encoder", "decoder") for data in ("", ".data")}
     assert {file.name for file in (tmp_path / "translator-onnx").iterdir()} == written

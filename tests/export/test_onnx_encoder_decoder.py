@@ -324,7 +324,7 @@ def test_examples_say_which_of_both_forms_is_meant() -> None:
     assert has_halves(model, examples)
     assert has_halves(model, examples["input_ids"])
     assert not has_halves(model, {**examples, "decoder_input_ids": examples["input_ids"]})
-    assert not has_halves(model, {**examples, "use_cache": False})
+    assert not has_halves(encoder_decoder("T5"), {**examples, "use_cache": False})
     assert not has_halves(model.get_decoder(), None)  # type: ignore[operator]
     assert not has_halves(nn.Linear(3, 3), None)
     config = BartConfig(
