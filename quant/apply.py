@@ -21,6 +21,7 @@ from quant.guidance import Loss, check_loss, token_importance
 from quant.linear import QuantLinear
 from quant.loftq import loftq, relative_error
 from quant.quantized import QuantizedTensor
+from quant.row_scale import computes_more, row_scale
 from quant.sequential import quantize_chain
 from quant.tree import replace_module_
 
@@ -194,13 +195,11 @@ def _check_formats(config: LoftQConfig, names: list[str]) -> None:
 
 def _check(group: _SharedWeight) -> None:
     for name, layer in group.layers.items():
-        plain = nn.Embedding if isinstance(layer, nn.Embedding) else nn.Linear
-        if type(layer).forward is not plain.forward or getattr(layer, "max_norm", None) is not None:
-            raise QuantError(
-                f"{name} ({type(layer).__name__}) computes more than an {plain.__name__} does",
-                "exclude it, or for a tied weight leave `embedding_format` unset",
-            )
         check_weight(layer.weight, f"{name}.weight")
+        if isinstance(layer, nn.Embedding):
+            row_scale(layer, name)
+        elif type(layer).forward is not nn.Linear.forward:
+            raise computes_more(name, layer, nn.Linear)
 
 
 def _replace_(
@@ -214,7 +213,7 @@ def _replace_(
     for name, layer in group.layers.items():
         bias = layer.bias if isinstance(layer, nn.Linear) else None
         new = (
-            QuantEmbedding(quantized, dtype=weight.dtype)
+            QuantEmbedding(quantized, weight.dtype, row_scale(layer, name))
             if isinstance(layer, nn.Embedding)
             else QuantLinear(quantized, bias, lora_A, lora_B, config.scaling, weight.dtype)
         )

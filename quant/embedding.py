@@ -18,8 +18,10 @@ class QuantEmbedding(PackedWeight):
     Args:
         quantized: (num_embeddings, embedding_dim).
         dtype: The dtype of the output; `to(dtype)` changes it.
+        scale: What the rows looked up are multiplied by; `weight` is the table as it is.
 
     Attributes:
+        scale: What the rows looked up are multiplied by.
         num_embeddings: Number of rows.
         embedding_dim: Length of a row.
 
@@ -27,8 +29,11 @@ class QuantEmbedding(PackedWeight):
         QuantError: The tensor is not a matrix.
     """
 
-    def __init__(self, quantized: QuantizedTensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, quantized: QuantizedTensor, dtype: torch.dtype = torch.float32, scale: float = 1.0
+    ) -> None:
         super().__init__(quantized, dtype)
+        self.scale = scale
         self.num_embeddings, self.embedding_dim = quantized.shape
 
     @property
@@ -37,7 +42,16 @@ class QuantEmbedding(PackedWeight):
         return self.quantized.dequantize(self.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the rows (..., embedding_dim) of the integer indices `input` (...)."""
+        """Return the rows (..., embedding_dim) of the integer indices `input` (...), times the scale."""
+        rows = self._rows(input)
+        return rows if self.scale == 1 else rows * self.scale
+
+    def extra_repr(self) -> str:
+        """Return shape, format and a scale other than 1 for `print(model)`."""
+        scale = "" if self.scale == 1 else f", scale={self.scale:.6g}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}, block_size={self.block_size}{scale}"
+
+    def _rows(self, input: Tensor) -> Tensor:
         if self.embedding_dim % self.block_size:
             return functional.embedding(input, self.weight)
         rows = self.quantized.rows(input.reshape(-1))

@@ -158,7 +158,7 @@ def _build(
     if layer.kind == "experts" or isinstance(quantized, TernaryTensor):
         return PackedExperts(quantized, slot.dtype)
     if layer.kind == "embedding":
-        return QuantEmbedding(quantized, slot.dtype)
+        return QuantEmbedding(quantized, slot.dtype, layer.scale)
     lora_A, lora_B = (take("lora_A"), take("lora_B")) if layer.rank else (None, None)
     found = 0 if lora_A is None else lora_A.shape[-2]
     if found != layer.rank:

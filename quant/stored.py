@@ -39,6 +39,7 @@ class StoredLayer:
         shape: Shape of what is packed.
         rank: Rank of the adapters, 0 without any.
         scaling: Factor of the adapters' product.
+        scale: What an embedding multiplies its rows by.
         tied_to: The layer that holds the tensors which this one lacks in the file, since both share them.
         transposed: Whether the parameter is the transpose of what is packed.
         zeros: Of a ternary dictionary, see `TernaryTensor`.
@@ -51,6 +52,7 @@ class StoredLayer:
     shape: tuple[int, ...]
     rank: int = 0
     scaling: float = 1.0
+    scale: float = 1.0
     tied_to: str | None = None
     transposed: bool = False
     zeros: int | None = None
@@ -58,7 +60,7 @@ class StoredLayer:
 
     def entry(self) -> dict[str, Any]:
         """Return the entry as JSON holds it."""
-        left_out = {"transposed": False}
+        left_out = {"transposed": False, "scale": 1.0}
         return {
             key: value
             for key, value in asdict(self).items()
@@ -77,6 +79,7 @@ class StoredLayer:
                 "shape": tuple(int(size) for size in entry["shape"]),
                 "rank": int(entry["rank"]),
                 "scaling": float(entry["scaling"]),
+                "scale": float(entry.get("scale", 1)),
             }
         )
 
@@ -139,6 +142,7 @@ def describe(packed: Packed, tied_to: str | None) -> StoredLayer:
         shape=quantized.shape,
         rank=adapted.rank if adapted else 0,
         scaling=adapted.scaling if adapted else 1.0,
+        scale=packed.scale if isinstance(packed, QuantEmbedding) else 1.0,
         tied_to=tied_to,
         transposed=isinstance(packed, PackedParameter) and packed.transposed,
     )

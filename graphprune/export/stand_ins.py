@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch.onnx
 from torch import Tensor, nn
 
-from quant import PackedParameter, QuantEmbedding, QuantLinear
+from quant import PackedParameter, QuantEmbedding, QuantError, QuantLinear
+from quant.row_scale import row_scale
 
 DOMAIN = "graphprune"
 LINEAR = "Linear"
@@ -23,9 +24,12 @@ WEIGHT = "Weight"
 class _StandIn(nn.Module):
     """A matrix module whose weight, bias and sizes may be read by the code around it, as those of tied ones are."""
 
-    def __init__(self, name: str, operator: str, shape: Sequence[int], bias: Tensor | None = None) -> None:
+    def __init__(
+        self, name: str, operator: str, shape: Sequence[int], bias: Tensor | None = None, scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.bias = bias
+        self.scale = scale
         self.name = name
         self.operator = operator
         self.shape = tuple(shape)
@@ -42,7 +46,8 @@ class _StandIn(nn.Module):
         shape = (
             (*x.shape[:-1], self.out_features) if self.operator == LINEAR else (*x.shape, self.embedding_dim)
         )
-        return opaque(self.operator, (x,), shape, module=self.name)
+        y = opaque(self.operator, (x,), shape, module=self.name)
+        return y if self.scale == 1 else y * self.scale
 
 
 class _ParameterStandIn(nn.Module):
@@ -66,17 +71,26 @@ def opaque(operator: str, inputs: Sequence[Tensor], shape: Sequence[int], module
 def stand_in(name: str, module: nn.Module) -> nn.Module | None:
     """Return the stand-in of a matrix module, or None for a module that is traced as it is.
 
-    Subclasses are traced as they are: they may compute something else than their base.
+    What computes something else than its base does is traced as it is. The constant of an embedding that multiplies
+    its rows by one is traced beside its stand-in.
     """
     if type(module) is nn.Linear:
         return _StandIn(name, LINEAR, module.weight.shape, module.bias)
     if isinstance(module, QuantLinear):
         return _StandIn(name, LINEAR, module.shape, module.bias)
     if isinstance(module, QuantEmbedding):
-        return _StandIn(name, EMBEDDING, module.shape)
-    if type(module) is nn.Embedding and module.max_norm is None:
-        return _StandIn(name, EMBEDDING, module.weight.shape)
+        return _StandIn(name, EMBEDDING, module.shape, scale=module.scale)
+    if isinstance(module, nn.Embedding):
+        return _embedding(name, module)
     return _ParameterStandIn(name, module) if isinstance(module, PackedParameter) else None
+
+
+def _embedding(name: str, module: nn.Embedding) -> _StandIn | None:
+    try:
+        scale = row_scale(module, name)
+    except QuantError:  # it computes something else, which the tracer will see
+        return None
+    return _StandIn(name, EMBEDDING, module.weight.shape, scale=scale)
 
 
 @contextmanager

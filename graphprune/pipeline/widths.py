@@ -89,8 +89,10 @@ def budget_that_opens(
         _check_uniform(session, budget)
         try:
             _check_opens(session, budget.removed_units, uniform=budget.is_uniform(session.groups))
-        except RefusedWidthsError:
-            found = _refused_alone(session, budget)
+        except ShrinkError as error:
+            found = _refused_alone(session, budget, RefusedWidthsError)
+            if not found and _may_leave_out(session, error):
+                found = _left_out(session, _refused_alone(session, budget, ShrinkError))
             if not found:
                 raise
             refused |= found
@@ -135,8 +137,26 @@ def _check_opens(session: Session, removed_units: Mapping[str, int], *, uniform:
     Difference.of(small)
 
 
-def _refused_alone(session: Session, budget: Budget) -> set[Width]:
-    """Return the widths of a budget that are refused though nothing else changes."""
+def _may_leave_out(session: Session, error: ShrinkError) -> bool:
+    """Whether kinds that the stock configuration has no setting for may stay whole: nobody asked for them by name."""
+    settings = session.recipe.prune
+    asked = "kinds" in settings.model_fields_set or settings.layout != "uniform"
+    return not asked and not isinstance(error, RefusedWidthsError)
+
+
+def _left_out(session: Session, widths: set[Width]) -> set[Width]:
+    """Return all widths but the whole of the groups that some widths are of, and tell so."""
+    groups = {name: session.groups[name] for name, _ in widths}
+    for kind in sorted({group.kind.replace("_", " ") for group in groups.values()}):
+        session.reporter.say(
+            f"    {kind} stay: no setting of {type(session.inputs.config).__name__} describes fewer "
+            "(prune.layout per_layer takes them, for graphprune.load)"
+        )
+    return {(name, kept) for name, group in groups.items() for kept in range(group.size)}
+
+
+def _refused_alone(session: Session, budget: Budget, because: type[ShrinkError]) -> set[Width]:
+    """Return the widths of a budget that are refused, by an error of this class, though nothing else changes."""
     families: dict[tuple[str, int], dict[str, int]] = {}
     for name, count in budget.removed_units.items():
         group = session.groups[name]
@@ -145,7 +165,7 @@ def _refused_alone(session: Session, budget: Budget) -> set[Width]:
     for removed_units in families.values():
         try:
             _check_opens(session, removed_units, uniform=True)
-        except RefusedWidthsError:
+        except because:
             found |= {(name, session.groups[name].size - count) for name, count in removed_units.items()}
     return found
 
@@ -155,9 +175,13 @@ def _without(session: Session, refused: set[Width], error: BudgetError) -> Budge
     if not refused:
         return error
     widths: dict[str, set[int]] = {}
+    sizes: dict[str, int] = {session.groups[name].kind: session.groups[name].size for name, _ in refused}
     for name, kept in refused:
         widths.setdefault(session.groups[name].kind, set()).add(kept)
-    words = "; ".join(f"{kind}: {', '.join(map(str, sorted(kept)))}" for kind, kept in sorted(widths.items()))
+    words = "; ".join(
+        f"{kind}: {'all' if len(kept) >= sizes[kind] else ', '.join(map(str, sorted(kept)))}"
+        for kind, kept in sorted(widths.items())
+    )
     return BudgetError(
         f"{error.problem}, without the widths that stock {type(session.inputs.config).__name__} refuses ({words})",
         f"{error.remedy}; or set prune.layout to per_layer: graphprune.load opens such a model",

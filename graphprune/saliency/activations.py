@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import TrainingError
+from graphprune.saliency.consumers import Consumer
 from graphprune.saliency.effective import EffectiveWeight, effective_weights
-from graphprune.saliency.gates import Consumer
 from graphprune.saliency.gradient import losses
 from graphprune.saliency.registry import Evidence
 from graphprune.saliency.units import Place
@@ -121,10 +121,15 @@ def _observed(evidence: Evidence, consumers: Iterable[Consumer]) -> dict[str, In
     by_source: dict[str, Consumer] = {}
     for consumer in consumers:
         by_source.setdefault(consumer.source, consumer)
+        if consumer.dim is None:
+            raise TrainingError(
+                f"what {consumer.parameter} reads cannot be observed: the module that owns it works it out within",
+                "score by gradients, such as fisher, or leave this kind out (recipe: prune.saliency, prune.kinds)",
+            )
     moments: dict[str, InputMoments] = {}
 
     def observe(consumer: Consumer, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        found = InputMoments.of(arguments[0].movedim(consumer.dim, -1).flatten(0, -2))
+        found = InputMoments.of(arguments[0].movedim(consumer.dim or 0, -1).flatten(0, -2))
         known = moments.get(consumer.source)
         moments[consumer.source] = found if known is None else known + found
 
@@ -145,9 +150,7 @@ def _observing(
     model: nn.Module, consumers: Iterable[Consumer], observe: Callable[..., None]
 ) -> Iterator[None]:
     handles = [
-        model.get_submodule(consumer.parameter.rpartition(".")[0]).register_forward_pre_hook(
-            partial(observe, consumer)
-        )
+        model.get_submodule(consumer.module).register_forward_pre_hook(partial(observe, consumer))
         for consumer in consumers
     ]
     try:

@@ -3,46 +3,27 @@
 A unit's contribution is what its consumers read: the activations that go into `down_proj` for a channel, into
 `o_proj` for a head. Scaling them scales the contribution linearly and leaves every weight alone, so that a gate of
 zero is the unit removed, a gate of one the model as it was, and the gradient with respect to the gate what the unit
-is worth. Works on a quantized base too.
+is worth. Works on a quantized base too. Where the activations are worked out within the module that owns the weight, as
+in the experts of a mixture, the weight is scaled instead while the module runs, which is the same product.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from graphprune.coupling.groups import NodeGroup, NodeGroups
 from graphprune.errors import TrainingError
-from graphprune.saliency.norms import normed_weights
+from graphprune.saliency.consumers import Consumer, consumers_of
 from graphprune.shrink.gated import GateHook
 
 StandIn = Callable[[Tensor], Tensor]
 """From an activation (…, axis) to what takes the place of its gated share, of the same shape."""
-
-
-@dataclass(frozen=True, slots=True)
-class Consumer:
-    """A weight that reads gated activations.
-
-    Attributes:
-        parameter: Its qualified name.
-        axis: The weight's axis that is contracted.
-        source: Name of the activation that it reads; consumers of one activation share it.
-        dim: The activation's axis that is contracted, as a dimension of the owning module's input.
-        owners: For each gated group, the unit that owns each index of the axis, or -1.
-    """
-
-    parameter: str
-    axis: int
-    source: str
-    dim: int
-    owners: Mapping[str, Tensor]
 
 
 class Gates:
@@ -66,17 +47,20 @@ class Gates:
         self.values = {
             name: nn.Parameter(torch.ones(group.size, device=device)) for name, group in self.groups.items()
         }
-        self.consumers = _consumers(groups, self.groups)
+        self.consumers = consumers_of(groups, self.groups.values())
         self.stand_ins: dict[str, StandIn] = {}
         self._open = False
         # Consumers of one activation (a layer and its adapter) share its gated form, which is made once a pass.
         self._made: dict[str, tuple[weakref.ref[Tensor], Tensor]] = {}
-        self._handles = [
-            model.get_submodule(consumer.parameter.rpartition(".")[0]).register_forward_pre_hook(
-                self._hook(consumer)
-            )
-            for consumer in self.consumers
-        ]
+        self._handles = []
+        for consumer in self.consumers:
+            module = model.get_submodule(consumer.module)
+            if consumer.dim is not None:
+                self._handles.append(module.register_forward_pre_hook(self._on_input(consumer, consumer.dim)))
+            else:
+                weight = _ScaledWeight(self, consumer)
+                self._handles.append(module.register_forward_pre_hook(GateHook(weight.begin)))
+                self._handles.append(module.register_forward_hook(weight.end, always_call=True))
 
     def close(self) -> None:
         """Take the gates off the model."""
@@ -84,6 +68,11 @@ class Gates:
             handle.remove()
         self._handles.clear()
         self._made.clear()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether every gate counts as one now."""
+        return self._open
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -122,28 +111,28 @@ class Gates:
             value.grad = None
         return found
 
-    def _hook(self, consumer: Consumer) -> GateHook:
+    def _on_input(self, consumer: Consumer, dim: int) -> GateHook:
         def scale(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self._open:
                 return None
             source, *rest = arguments
             made = self._made.get(consumer.source)
             if made is None or made[0]() is not source:
-                made = self._made[consumer.source] = (weakref.ref(source), self._gated(consumer, source))
+                made = self._made[consumer.source] = (weakref.ref(source), self._gated(consumer, dim, source))
             return (made[1], *rest)
 
         return GateHook(scale)
 
-    def _gated(self, consumer: Consumer, source: Tensor) -> Tensor:
-        factor = self._factor(consumer.owners)
-        if source.shape[consumer.dim] != factor.numel():
+    def _gated(self, consumer: Consumer, dim: int, source: Tensor) -> Tensor:
+        factor = consumer.factor(self.values)
+        if source.shape[dim] != factor.numel():
             raise TrainingError(
                 f"the module that owns {consumer.parameter} reads an input of shape {tuple(source.shape)}, "
-                f"and {factor.numel()} gates do not fit its axis {consumer.dim}",
+                f"and {factor.numel()} gates do not fit its axis {dim}",
                 "leave this kind out of kinds (recipe: prune.kinds)",
             )
         shape = [1] * source.dim()
-        shape[consumer.dim] = -1
+        shape[dim] = -1
         factor = factor.view(shape).to(source.dtype)
         stand_in = self.stand_ins.get(consumer.source)
         if stand_in is not None:
@@ -151,14 +140,36 @@ class Gates:
         gated: Tensor = _Scaled.apply(source, factor)
         return gated
 
-    def _factor(self, owners: Mapping[str, Tensor]) -> Tensor:
-        """Return the product of all gates on each index of an axis."""
-        factors = []
-        for name, on_host in owners.items():
-            owner = on_host.to(self.values[name].device)
-            value = self.values[name][owner.clamp_min(0)]
-            factors.append(torch.where(owner < 0, torch.ones_like(value), value))
-        return torch.stack(factors).prod(0) if len(factors) > 1 else factors[0]
+
+class _ScaledWeight:
+    """A weight that is scaled along its contracted axis while its module runs."""
+
+    def __init__(self, gates: Gates, consumer: Consumer) -> None:
+        self._gates = gates
+        self._consumer = consumer
+        self._name = consumer.parameter.rpartition(".")[2]
+        self._whole: list[nn.Parameter] = []
+
+    def begin(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Put the scaled weight in the parameter's place."""
+        weight = module._parameters.get(self._name)
+        if weight is None:
+            raise TrainingError(
+                f"{self._consumer.parameter} is no parameter of its module any more, so its units cannot be gated",
+                "prune before quantizing, or leave this kind out of kinds (recipe: prune.kinds)",
+            )
+        self._whole.append(weight)
+        if not self._gates.is_open:
+            shape = [1] * weight.dim()
+            shape[self._consumer.axis] = -1
+            factor = self._consumer.factor(self._gates.values).view(shape)
+            # Not a parameter of its own, but what a forward reads in the parameter's place.
+            module._parameters[self._name] = cast(nn.Parameter, weight * factor.to(weight.dtype))
+
+    def end(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        """Put the parameter back."""
+        if self._whole:
+            module._parameters[self._name] = self._whole.pop()
 
 
 class _Scaled(torch.autograd.Function):
@@ -185,39 +196,3 @@ class _Scaled(torch.autograd.Function):
             summed = (gradient * gated).sum_to_size(factor.shape)
             to_factor = torch.where(factor == 0, torch.zeros_like(summed), summed / factor)
         return to_source, to_factor
-
-
-def _consumers(groups: NodeGroups, gated: Mapping[str, NodeGroup]) -> tuple[Consumer, ...]:
-    owners: dict[tuple[str, int], dict[str, Tensor]] = {}
-    for name, group in gated.items():
-        if not group.consumers:
-            raise TrainingError(
-                f"no operator consumes the units of '{name}', so they have no contribution to gate",
-                "leave this kind out of kinds (recipe: prune.kinds)",
-            )
-        for member in group.consumers:
-            owner = torch.from_numpy(group.owner(member))
-            owners.setdefault((member.parameter, member.axis), {})[name] = owner
-    places, normed = _places(groups), normed_weights(groups.graph)
-    for parameter, _ in owners:
-        if parameter in normed:
-            raise TrainingError(
-                f"{parameter} is rescaled by a norm of itself ({normed[parameter]}), which removing units changes and "
-                "closing their gates does not",
-                "attach plain LoRA adapters there instead of DoRA, or leave this kind out of kinds "
-                "(recipe: prune.kinds)",
-            )
-    return tuple(
-        Consumer(parameter, axis, *places[parameter], owner) for (parameter, axis), owner in owners.items()
-    )
-
-
-def _places(groups: NodeGroups) -> dict[str, tuple[str, int]]:
-    """Return, for each weight, the activation that its operator reads and the dimension that is contracted."""
-    places: dict[str, tuple[str, int]] = {}
-    for operator in groups.graph.operators:
-        activations = [value.name for value in operator.inputs if not value.is_weight]
-        for value in operator.inputs:
-            if value.is_weight and activations:
-                places[value.name] = (activations[0], 1 if operator.target.startswith("aten.conv") else -1)
-    return places

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from graphprune.errors import RefusedWidthsError, ShrinkError
 from graphprune.shrink.plan import Plan
 
 Change = tuple[str, int, int]
+Shapes = Mapping[str, tuple[int, ...]]
+HEAD_WIDTH = "head_dim"
+"""What attention classes of transformers look up in a configuration before they divide the width by the heads."""
 _MANY = 64  # combinations to build on the meta device
 
 
@@ -39,19 +43,17 @@ def fit_config(config: Any, model: nn.Module, groups: NodeGroups, plan: Plan) ->
     """
     wanted = _shapes(model)
     buffers = _buffers(model)
-    candidates = _candidates(config, _resizings(groups, plan))
-    fitting = None
-    for choice in itertools.islice(_by_size(candidates), _MANY):
-        changed = copy.deepcopy(config)
-        for field, _, after in choice:
-            setattr(changed, field, after)
+    resized, fitting = _candidates(config, _resizings(groups, plan)), None
+    for choice in _choices(type(model), config, wanted, resized, _head_widths(config, groups)):
+        changed = _changed(config, choice)
         built = _built(type(model), changed)
         if built is None or _shapes(built) != wanted:
             continue
         # As many heads as a head is wide: fewer and narrower ones have weights of one shape, and other rotary tables.
         if _buffers(built) == buffers:
             return _valid(changed)
-        fitting = fitting or changed
+        if all(field != HEAD_WIDTH for field, _, _ in choice):
+            fitting = fitting or changed
     if fitting is not None:
         return _valid(fitting)
     raise ShrinkError(
@@ -172,6 +174,55 @@ def _candidates(config: Any, resizings: set[tuple[int, int]]) -> list[Change]:
     ]
 
 
+def _useful(kind: Any, config: Any, wanted: Shapes, candidates: list[Change]) -> list[Change]:
+    """Return the changes that may be part of the answer, those first that alone bring most weights to their shapes.
+
+    A change that alone adds or takes away weights is none: it is another number of layers, by chance the same number.
+    """
+    ranked: list[tuple[int, Change]] = []
+    for change in candidates:
+        built = _built(kind, _changed(config, (change,)))
+        found = {} if built is None else _shapes(built)
+        if built is None or found.keys() == wanted.keys():
+            right = sum(found.get(name) == shape for name, shape in wanted.items())
+            ranked.append((-right, change))
+    return [change for _, change in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _head_widths(config: Any, groups: NodeGroups) -> list[Change]:
+    """Return what the width of a head may be, where the configuration leaves it to the class to divide for it."""
+    if getattr(config, HEAD_WIDTH, None) is not None:
+        return []
+    sizes = {
+        math.prod(factor.size for factor in factors)
+        for group in groups.values()
+        if group.kind in ("attention_heads", "query_heads")
+        for member in group.members
+        for factors in _runs(
+            groups, (groups.axes(member.parameter) or {member.axis: group.atom})[member.axis]
+        )
+    }
+    return [(HEAD_WIDTH, 0, size) for size in sorted(sizes) if size > 1]
+
+
+def _choices(
+    kind: Any, config: Any, wanted: Shapes, candidates: list[Change], head_widths: list[Change]
+) -> Iterator[tuple[Change, ...]]:
+    """Yield combinations of changes, without a width of a head and with each, so many of either at most."""
+    for width in (None, *head_widths):
+        given = () if width is None else (width,)
+        useful = _useful(kind, _changed(config, given), wanted, candidates)
+        for choice in itertools.islice(_by_size(useful), _MANY):
+            yield (*choice, *given)
+
+
+def _changed(config: Any, choice: Iterable[Change]) -> Any:
+    changed = copy.deepcopy(config)
+    for field, _, after in choice:
+        setattr(changed, field, after)
+    return changed
+
+
 def _by_size(candidates: list[Change]) -> Iterator[tuple[Change, ...]]:
     for count in range(1, min(len(candidates), 6) + 1):
         for choice in itertools.combinations(candidates, count):
@@ -188,9 +239,9 @@ def _built(kind: Any, config: Any) -> nn.Module | None:
     return model
 
 
-def _shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
+def _shapes(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _buffers(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
+def _buffers(model: nn.Module) -> Shapes:
     return {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def attach_adapters(model: nn.Module, rank: int, alpha: int) -> Any:
-    """Wrap a model so that every linear layer but the output head has a fresh LoRA adapter.
+    """Wrap a model so that every linear layer (Conv1D too) but the output head has a fresh LoRA adapter.
 
     Args:
         model: A transformers model; PEFT changes it in place.
@@ -20,8 +20,20 @@ def attach_adapters(model: nn.Module, rank: int, alpha: int) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear")
+    # By name: PEFT's own "all-linear" also wraps a mixture's routers and experts, in a way that nothing can trace.
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=_linear_names(model))
     return get_peft_model(model, config).eval()
+
+
+def _linear_names(model: Any) -> list[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    ]
 
 
 def plain_paths(model: Any) -> dict[str, str]:

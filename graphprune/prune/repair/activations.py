@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from graphprune.saliency.gates import Consumer, Gates
+from graphprune.saliency.consumers import Consumer
+from graphprune.saliency.gates import Gates
 
 Redundant = Callable[[str], Tensor]
 """From a group's name to a mask (units,) of its redundant units."""
@@ -69,9 +70,7 @@ def summed(
         sums[source] = sums.get(source, 0) + statistic(arguments[0].detach().flatten(0, -2).float())
 
     handles = [
-        model.get_submodule(consumer.parameter.rpartition(".")[0]).register_forward_pre_hook(
-            partial(add, source), prepend=True
-        )
+        model.get_submodule(consumer.module).register_forward_pre_hook(partial(add, source), prepend=True)
         for source, consumer in sources(gates).items()
     ]
     try:

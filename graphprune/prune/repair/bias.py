@@ -16,8 +16,9 @@ from torch.fx import GraphModule
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import ShrinkError, TrainingError
 from graphprune.prune.repair.activations import Calibration, Redundant, gone_indices, sources, summed
+from graphprune.saliency.consumers import Consumer
 from graphprune.saliency.effective import EffectiveWeight, effective_weights
-from graphprune.saliency.gates import Consumer, Gates
+from graphprune.saliency.gates import Gates
 from graphprune.shrink.plan import Plan
 
 
@@ -97,10 +98,14 @@ def _weights(model: nn.Module, groups: NodeGroups, gates: Gates) -> list[tuple[C
     found = []
     for consumer in gates.consumers:
         name = consumer.parameter
-        if consumer.dim != -1 or name in factors:
+        if consumer.dim not in (-1, None) or name in factors:
             continue
         shape = groups.graph.weights[name].shape
-        if len(shape) != 2 or not hasattr(model.get_submodule(name.rpartition(".")[0]), "bias"):
+        if (
+            consumer.dim is None
+            or len(shape) != 2
+            or not hasattr(model.get_submodule(name.rpartition(".")[0]), "bias")
+        ):
             raise TrainingError(
                 f"{name} reads units that may go, and its layer has no place for a bias",
                 "repair by least squares, or leave this kind out of kinds (recipe: prune.repair, prune.kinds)",

@@ -1,0 +1,110 @@
+"""Write each architecture of `architectures.py` as ONNX in several forms, verify each file, and print a Markdown table.
+
+python examples/export_table.py            # all of them; half an hour on one core
+python examples/export_table.py gpt2 t5    # these
+
+A cell is the largest error of an output against torch over the largest output, with exact activations, at all sizes
+that the verification tries. *Uneven* is the model without half the units of each group of its last half, where a group
+may lose them; *packed* is NF4 in blocks of 16 with adapters of rank 2 on every matrix that `quant` packs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from architectures import ARCHITECTURES, Architecture, randomized
+from torch import nn
+
+import graphprune as gp
+import quant
+from graphprune.errors import GraphPruneError, ShrinkError
+from graphprune.export.verify import measure_onnx
+from graphprune.export.verify_outputs import TOLERANCE, measure_outputs
+
+CONFIG = quant.LoftQConfig(format="nf4", block_size=16, rank=2, iterations=1)
+FORMS = ("dense", "packed", "uneven", "uneven, packed")
+HEADER = (
+    "| architecture | with cache: dense | packed | uneven | uneven, packed | without cache: dense | packed | uneven | "
+    "uneven, packed |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+)
+
+
+def row(name: str, architecture: Architecture) -> str:
+    """Return the row of one architecture."""
+    cells = [cell(architecture, form, write) for write in (with_cache, without_cache) for form in FORMS]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def cell(architecture: Architecture, form: str, write: Callable[[Any, Architecture, Path], float]) -> str:
+    """Return the error of one form, or why there is none."""
+    try:
+        model = architecture.build()
+        if "uneven" in form:
+            model = uneven(model, architecture.inputs())
+        if "packed" in form:
+            model = packed(model)
+        with tempfile.TemporaryDirectory() as folder:
+            return f"{write(model, architecture, Path(folder) / 'onnx'):.0e}"
+    except (GraphPruneError, quant.QuantError) as error:
+        return error.problem[:90].replace("|", "/")
+
+
+def uneven(model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
+    """Remove half of the heads and channels of the last half of the groups that have some."""
+    groups = gp.node_groups(gp.trace(model, inputs))
+    for kinds in (("attention_heads", "ffn"), ("ffn",), ("other",)):
+        found = [group for group in groups.prunable() if group.kind in kinds]
+        last = found[len(found) // 2 :]
+        plan = gp.Plan(
+            {group.name: range(min(group.size // 2, group.size - group.minimum)) for group in last}
+        )
+        try:
+            return gp.shrink(model, groups, plan, inputs, form="module")
+        except ShrinkError as error:
+            problem = error
+    raise problem
+
+
+def packed(model: nn.Module) -> nn.Module:
+    """Pack linear layers, Conv1D and stacks of experts, and give the adapters random values."""
+    quant.loftq_model(model, CONFIG)
+    randomized(nn.ParameterList(p for name, p in model.named_parameters() if "lora" in name), seed=1)
+    return model.eval()
+
+
+def with_cache(model: Any, architecture: Architecture, folder: Path) -> float:
+    """Write and verify a decoder."""
+    ids = architecture.inputs()["input_ids"]
+    found = measure_onnx(gp.export_onnx(model, folder), model, ids.tolist())
+    return found.max_relative_error
+
+
+def without_cache(model: Any, architecture: Architecture, folder: Path) -> float:
+    """Write and verify a function of the examples."""
+    examples = architecture.inputs()
+    checks = measure_outputs(gp.export_onnx(model, folder, examples=examples), model, examples)
+    return max(check.measured for check in checks if check.bound == TOLERANCE)
+
+
+def main() -> None:
+    """Print the table."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    print(HEADER)
+    for name in sys.argv[1:] or list(ARCHITECTURES):
+        print(row(name, ARCHITECTURES[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

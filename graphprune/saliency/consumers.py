@@ -1,0 +1,144 @@
+"""Where gated units are consumed: the weights that read them, and what gates can act on there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphprune.coupling.groups import NodeGroup, NodeGroups
+from graphprune.errors import TrainingError
+from graphprune.saliency.norms import normed_weights
+from graphprune.trace.graph import Operator, OperatorGraph, Value
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A weight that reads gated activations.
+
+    Attributes:
+        parameter: Its qualified name.
+        axis: The weight's axis that is contracted.
+        source: Name of the activation that it reads; consumers of one activation share it.
+        dim: The activation's axis that is contracted, as a dimension of the owning module's input; None where that
+            module works the activation out itself, as the experts of a mixture do.
+        owners: For each gated group, the unit that owns each index of the axis, or -1.
+    """
+
+    parameter: str
+    axis: int
+    source: str
+    dim: int | None
+    owners: Mapping[str, Tensor]
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module that owns the weight."""
+        return self.parameter.rpartition(".")[0]
+
+    def factor(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the product of all gates on each index of the axis.
+
+        Args:
+            values: Gates (units,), by group.
+        """
+        factors = []
+        for name, on_host in self.owners.items():
+            owner = on_host.to(values[name].device)
+            value = values[name][owner.clamp_min(0)]
+            factors.append(torch.where(owner < 0, torch.ones_like(value), value))
+        return torch.stack(factors).prod(0) if len(factors) > 1 else factors[0]
+
+
+def consumers_of(groups: NodeGroups, gated: Iterable[NodeGroup]) -> tuple[Consumer, ...]:
+    """Return all weights that read units of some groups.
+
+    Raises:
+        TrainingError: If the units of a group are read by none, or by one that closing gates would not leave as it is.
+    """
+    owners: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for group in gated:
+        if not group.consumers:
+            raise TrainingError(
+                f"no operator consumes the units of '{group.name}', so they have no contribution to gate",
+                "leave this kind out of kinds (recipe: prune.kinds)",
+            )
+        for member in group.consumers:
+            owner = torch.from_numpy(group.owner(member))
+            owners.setdefault((member.parameter, member.axis), {})[group.name] = owner
+    _check_norms(groups.graph, (parameter for parameter, _ in owners))
+    reads = _activations(groups.graph)
+    producers = {
+        value.name: operator for operator in groups.graph.operators for value in operator.outputs if value
+    }
+    found = []
+    for (parameter, axis), gates in owners.items():
+        activation, dim = reads[parameter]
+        own = _is_input(activation, parameter.rpartition(".")[0], producers)
+        found.append(Consumer(parameter, axis, activation.name, dim if own else None, gates))
+    return tuple(found)
+
+
+def _check_norms(graph: OperatorGraph, parameters: Iterable[str]) -> None:
+    normed = normed_weights(graph)
+    for parameter in parameters:
+        if parameter in normed:
+            raise TrainingError(
+                f"{parameter} is rescaled by a norm of itself ({normed[parameter]}), which removing units changes and "
+                "closing their gates does not",
+                "attach plain LoRA adapters there instead of DoRA, or leave this kind out of kinds "
+                "(recipe: prune.kinds)",
+            )
+
+
+def _activations(graph: OperatorGraph) -> dict[str, tuple[Value, int]]:
+    """Return, for each weight, the activation that it is multiplied with and the dimension that is contracted.
+
+    A weight may be transposed, cut or cast before that.
+    """
+    origins = {name: frozenset({name}) for name in graph.weights}
+    found: dict[str, tuple[Value, int]] = {}
+    for operator in graph.operators:
+        weights = [origins[value.name] for value in operator.inputs if value.name in origins]
+        activations = [value for value in operator.inputs if value.name not in origins]
+        every = frozenset[str]().union(*weights)
+        if activations:
+            dim = 1 if operator.target.startswith("aten.conv") else -1
+            found.update({name: (activations[0], dim) for name in every if name not in found})
+        elif every:
+            origins.update({value.name: every for value in operator.outputs if value})
+    return found
+
+
+def _is_input(activation: Value, module: str, producers: Mapping[str, Operator]) -> bool:
+    """Whether an activation is what a module is called with, reshaped or cast at most along its other axes."""
+    inside = f"{module}."
+    while True:
+        operator = producers.get(activation.name)
+        if operator is None:
+            return bool(module)
+        if not module or f"{operator.module}.".startswith(inside):
+            (before, *others) = operator.inputs or (activation,)
+            same = (
+                operator.target.split(".")[1] in _SAME_NUMBERS and before.shape[-1:] == activation.shape[-1:]
+            )
+            if others or not same or before is activation:
+                return False
+            activation = before
+        else:
+            return True
+
+
+_SAME_NUMBERS = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "to",
+    "_to_copy",
+    "contiguous",
+    "clone",
+    "flatten",
+    "unsqueeze",
+}
