@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from quant.affine import linearized
 from quant.blockwise import check_weight, quantize
 from quant.calibration import Batch, as_batches, collect_covariances, evaluation
 from quant.chain import find_chain
@@ -96,6 +97,17 @@ def loftq_model(
     Raises:
         QuantError: No layer matches, or one cannot be quantized; the model is left as it was.
     """
+    with linearized(model, config.includes):
+        return model, _loftq_linears(model, config, batches, loss, on_layer)
+
+
+def _loftq_linears(
+    model: nn.Module,
+    config: LoftQConfig,
+    batches: Iterable[Batch] | None,
+    loss: Loss | None,
+    on_layer: Callable[[str, int, int], None] | None,
+) -> list[LayerReport]:
     groups = _groups(model, config)
     check_loss(loss, batches)
     if config.compensated and batches is None:
@@ -126,7 +138,7 @@ def loftq_model(
     )
     for name in list(waiting):
         compress(name, waiting[name].weight.detach(), covariances.get(name))
-    return model, reports
+    return reports
 
 
 def _calibrate(
@@ -144,10 +156,9 @@ def _calibrate(
         if not group.embeds and len(group.layers) == 1 and isinstance(layer := group.layers[name], nn.Linear)
     }
     importance: dict[str, list[Tensor]] = {}
-    if loss is not None:
-        measured = token_importance(
-            model, batches, [name for name in groups if not groups[name].embeds], loss
-        )
+    measurable = [name for name in groups if not groups[name].embeds]
+    if loss is not None and measurable:
+        measured = token_importance(model, batches, measurable, loss)
         importance = {name: found.calls for name, found in measured.items()}
     with evaluation(model):
         chain = find_chain(model, batches, list(alone))

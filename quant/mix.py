@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from quant.affine import linearized
 from quant.calibration import Batch, as_batches, collect_covariances
 from quant.codebooks import get_format
 from quant.config import LoftQConfig
@@ -104,13 +105,6 @@ def mix_for_budget(
     Raises:
         QuantError: No layer matches, or even the smallest formats do not fit.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and config.includes(name)
-    }
-    if not layers:
-        raise QuantError(f"no linear layer of this {type(model).__name__} is to be mixed", "widen `include`")
     check_loss(loss, batches)
     formats = [formats] if isinstance(formats, (str, int)) else formats
     if not nbytes >= 0:
@@ -118,6 +112,33 @@ def mix_for_budget(
     if not formats:
         raise QuantError("there is no format to choose from", "give at least one in `formats`")
     text = None if batches is None else as_batches(batches)
+    with linearized(model, config.includes):
+        layers = _linear_layers(model, config)
+        if not layers:
+            raise QuantError(
+                f"no linear layer of this {type(model).__name__} is to be mixed", "widen `include`"
+            )
+        return _choose(_measured(model, layers, config, formats, text, loss, on_layer), nbytes)
+
+
+def _linear_layers(model: nn.Module, config: LoftQConfig) -> dict[str, nn.Linear]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and config.includes(name)
+    }
+
+
+def _measured(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    config: LoftQConfig,
+    formats: Sequence[str | int],
+    text: list[Batch] | None,
+    loss: Loss | None,
+    on_layer: Callable[[str, int, int], None] | None,
+) -> dict[str, list[Choice]]:
+    """Return for each layer the choices that are worth having."""
     importance = None if text is None or loss is None else token_importance(model, text, layers, loss)
     calls = {name: found.calls for name, found in (importance or {}).items()}
     covariances = {} if text is None else collect_covariances(model, text, layers, calls)
@@ -142,7 +163,7 @@ def mix_for_budget(
         measured[name] = _worth_having(choices)
         if on_layer is not None:
             on_layer(name, done, len(layers))
-    return _choose(measured, nbytes)
+    return measured
 
 
 def mix_for_bits(
@@ -162,13 +183,10 @@ def mix_for_bits(
     """
     if not bits > 0:
         raise QuantError(f"a budget of {bits} bits a weight", "pass a number above 0")
-    layers = [
-        layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and config.includes(name)
-    ]
-    weights = sum(layer.weight.numel() for layer in layers)
-    adapters = sum(4 * config.rank * sum(layer.weight.shape) for layer in layers)
+    with linearized(model, config.includes):
+        shapes = [layer.weight.shape for layer in _linear_layers(model, config).values()]
+    weights = sum(shape.numel() for shape in shapes)
+    adapters = sum(4 * config.rank * sum(shape) for shape in shapes)
     nbytes = int(bits * weights / 8) + adapters
     return mix_for_budget(model, config, nbytes, formats, batches, loss=loss, on_layer=on_layer)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.affine import affine_layout
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.linear import QuantLinear
@@ -177,10 +178,10 @@ def find_slot(model: nn.Module, name: str, layer: StoredLayer) -> Slot:
 
 def _module_slot(model: nn.Module, name: str, layer: StoredLayer) -> Slot:
     old = dict(model.named_modules(remove_duplicate=False)).get(name)
-    if old is not None and layer.kind == "linear" and _holds_a_weight(old):
+    if old is not None and layer.kind == "linear" and _holds_a_weight(old) and not _transposed(old, layer):
         # A checkpoint names matrices, not what reads them: this one is a parameter, such as Conv1D's.
         return replace(_parameter_slot(model, f"{name}.weight", layer), holder=old)
-    if old is None or _kind_and_shape(old) != (layer.kind, layer.shape):
+    if old is None or (_kind_and_shape(old) != (layer.kind, layer.shape) and not _transposed(old, layer)):
         found = "nothing" if old is None else f"a {type(old).__name__} of shape {_kind_and_shape(old)[1]}"
         raise _misfit(name, layer, found, NAMES if old is None and layer.kind == "linear" else "")
     weight = old._dtype_mark if isinstance(old, PackedWeight) else next(old.parameters())
@@ -206,6 +207,13 @@ def _parameter_slot(model: nn.Module, name: str, layer: StoredLayer) -> Slot:
 
 def _holds_a_weight(module: nn.Module) -> bool:
     return "weight" in module._parameters and not isinstance(module, (nn.Linear, nn.Embedding))
+
+
+def _transposed(module: nn.Module, layer: StoredLayer) -> bool:
+    """Whether a module is a linear layer of the stored shape that keeps its weight transposed, such as a Conv1D."""
+    weight = module._parameters.get("weight")
+    fits = layer.kind == "linear" and weight is not None and tuple(weight.shape) == layer.shape[::-1]
+    return fits and affine_layout(module) == "in, out"
 
 
 def _kind_and_shape(module: nn.Module) -> tuple[str, tuple[int, ...]]:

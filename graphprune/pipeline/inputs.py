@@ -153,6 +153,13 @@ def _check_bits(settings: Quantize) -> None:
         )
 
 
+def widest_format(settings: Quantize) -> str:
+    """Return the format of a mix that takes most bits within the budget."""
+    budget = settings.bits or 0.0
+    fitting = [(bits, name) for name in settings.mix_formats if (bits := _bits(settings, name)) <= budget]
+    return max(fitting)[1]
+
+
 def _bits(settings: Quantize, name: str) -> float:
     format = get_format(name)
     return format.bits + (1 + format.affine) * _SCALE_BITS[settings.scale_storage] / settings.block_size

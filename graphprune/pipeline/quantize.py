@@ -1,4 +1,4 @@
-"""The stage that quantizes: LoftQ on every linear layer of the blocks, in one format or a mix of them."""
+"""The stage that quantizes: LoftQ on every linear layer, in one format or a mix of them, and stacks of experts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from graphprune.errors import QuantizationError
 from graphprune.files import replacing
+from graphprune.pipeline.inputs import widest_format
 from graphprune.pipeline.model_folder import save_adapter
 from graphprune.pipeline.session import Session
+from graphprune.pipeline.stacks import find_stacks, pack_stack_
+from graphprune.source.model import example_inputs
 from quant.apply import LayerReport, loftq_model
 from quant.config import LoftQConfig
 from quant.errors import QuantError
@@ -29,9 +32,12 @@ _MIX_WINDOWS = 24
 
 
 def quantize_stage(session: Session) -> str:
-    """Quantize the linear layers of the blocks and an embedding that shares its weight with the head."""
+    """Quantize linear layers, stacks of experts, and an embedding that shares its weight with the head."""
     settings = session.recipe.quantize
     model = session.unquantized()
+    stacks = [
+        stack for stack in find_stacks(model, example_inputs(model)) if not _excluded(session, stack.name)
+    ]
     config = LoftQConfig(
         format=settings.format,
         block_size=settings.block_size,
@@ -58,6 +64,9 @@ def quantize_stage(session: Session) -> str:
                 loss=_loss if count and settings.guided else None,
                 on_layer=lambda name, done, total: tick(done, name, total),
             )
+        for stack in stacks:
+            format = settings.format if settings.bits is None else widest_format(settings)
+            layers.append(pack_stack_(model, stack, format, settings.block_size, settings.scale_storage))
     model.eval()
     with replacing(session.path("quant")) as temporary:
         save_quantized(model, temporary)
@@ -99,16 +108,23 @@ def _mix(
         ).formats
 
 
+def _excluded(session: Session, name: str) -> bool:
+    return any(re.search(expression, name) for expression in session.recipe.quantize.exclude)
+
+
 def _summary(model: nn.Module, layers: list[LayerReport]) -> str:
-    adapted = [layer for layer in layers if _has_adapters(model.get_submodule(layer.name))]
+    modules = dict(model.named_modules())
+    adapted = [layer for layer in layers if _has_adapters(modules.get(layer.name))]
+    stacks = Counter(layer.format for layer in layers if layer.name not in modules).most_common()
     formats = Counter(layer.format for layer in adapted).most_common()
     plain = sum(layer.errors[0] for layer in adapted) / len(adapted)
     best = sum(min(layer.errors) for layer in adapted) / len(adapted)
     words = ", ".join(f"{count} layers in {name}" for name, count in formats)
-    return f"{words}: error {plain:.3f} → {best:.3f}"
+    more = "".join(f", {count} stacks of matrices in {name}" for name, count in stacks)
+    return f"{words}: error {plain:.3f} → {best:.3f}{more}"
 
 
-def _has_adapters(module: nn.Module) -> bool:
+def _has_adapters(module: nn.Module | None) -> bool:
     return isinstance(module, QuantLinear) and module.lora_A is not None
 
 

@@ -14,7 +14,9 @@ def quieten() -> None:
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("graphprune").setLevel(logging.INFO)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    # The exporter's own logger by its name: torch sets the level of "torch.onnx" when it is imported.
+    for name in ("torch.onnx", "torch.onnx._internal.exporter._registration"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -165,7 +165,9 @@ def _refused_alone(session: Session, budget: Budget, because: type[ShrinkError])
     for removed_units in families.values():
         try:
             _check_opens(session, removed_units, uniform=True)
-        except because:
+        except ShrinkError as error:
+            if not isinstance(error, because):
+                continue
             found |= {(name, session.groups[name].size - count) for name, count in removed_units.items()}
     return found
 

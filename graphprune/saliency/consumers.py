@@ -21,22 +21,19 @@ class Consumer:
     Attributes:
         parameter: Its qualified name.
         axis: The weight's axis that is contracted.
+        module: Qualified name of the module that multiplies by it: the owner, or of a tied weight the output head.
         source: Name of the activation that it reads; consumers of one activation share it.
-        dim: The activation's axis that is contracted, as a dimension of the owning module's input; None where that
-            module works the activation out itself, as the experts of a mixture do.
+        dim: The activation's axis that is contracted, as a dimension of the module's input; None where the module
+            works the activation out itself, as the experts of a mixture do.
         owners: For each gated group, the unit that owns each index of the axis, or -1.
     """
 
     parameter: str
     axis: int
+    module: str
     source: str
     dim: int | None
     owners: Mapping[str, Tensor]
-
-    @property
-    def module(self) -> str:
-        """Qualified name of the module that owns the weight."""
-        return self.parameter.rpartition(".")[0]
 
     def factor(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return the product of all gates on each index of the axis.
@@ -69,15 +66,22 @@ def consumers_of(groups: NodeGroups, gated: Iterable[NodeGroup]) -> tuple[Consum
             owner = torch.from_numpy(group.owner(member))
             owners.setdefault((member.parameter, member.axis), {})[group.name] = owner
     _check_norms(groups.graph, (parameter for parameter, _ in owners))
-    reads = _activations(groups.graph)
+    products = _products(groups.graph)
     producers = {
         value.name: operator for operator in groups.graph.operators for value in operator.outputs if value
     }
     found = []
     for (parameter, axis), gates in owners.items():
-        activation, dim = reads[parameter]
-        own = _is_input(activation, parameter.rpartition(".")[0], producers)
-        found.append(Consumer(parameter, axis, activation.name, dim if own else None, gates))
+        if parameter not in products:
+            raise TrainingError(
+                f"no operator multiplies {parameter} with an activation, so its units cannot be gated",
+                "leave this kind out of kinds (recipe: prune.kinds)",
+            )
+        operator, activation, dim = products[parameter]
+        module = operator.module or parameter.rpartition(".")[0]
+        given = _module_input(activation, module, producers)
+        source = activation if given is None else given
+        found.append(Consumer(parameter, axis, module, source.name, None if given is None else dim, gates))
     return tuple(found)
 
 
@@ -93,42 +97,39 @@ def _check_norms(graph: OperatorGraph, parameters: Iterable[str]) -> None:
             )
 
 
-def _activations(graph: OperatorGraph) -> dict[str, tuple[Value, int]]:
-    """Return, for each weight, the activation that it is multiplied with and the dimension that is contracted.
+def _products(graph: OperatorGraph) -> dict[str, tuple[Operator, Value, int]]:
+    """Return, for each weight, where it meets an activation, which one, and the dimension that is contracted.
 
-    A weight may be transposed, cut or cast before that.
+    A weight may be transposed, cut or cast before that. An embedding's rows are activations themselves.
     """
     origins = {name: frozenset({name}) for name in graph.weights}
-    found: dict[str, tuple[Value, int]] = {}
+    found: dict[str, tuple[Operator, Value, int]] = {}
     for operator in graph.operators:
         weights = [origins[value.name] for value in operator.inputs if value.name in origins]
-        activations = [value for value in operator.inputs if value.name not in origins]
         every = frozenset[str]().union(*weights)
+        others = [value for value in operator.inputs if value.name not in origins]
+        activations = [value for value in others if "int" not in value.dtype]
         if activations:
             dim = 1 if operator.target.startswith("aten.conv") else -1
-            found.update({name: (activations[0], dim) for name in every if name not in found})
-        elif every:
+            found.update({name: (operator, activations[0], dim) for name in every if name not in found})
+        elif every and not operator.target.startswith("aten.embedding"):
             origins.update({value.name: every for value in operator.outputs if value})
     return found
 
 
-def _is_input(activation: Value, module: str, producers: Mapping[str, Operator]) -> bool:
-    """Whether an activation is what a module is called with, reshaped or cast at most along its other axes."""
-    inside = f"{module}."
-    while True:
+def _module_input(activation: Value, module: str, producers: Mapping[str, Operator]) -> Value | None:
+    """Return what a module is called with if an activation is that, reshaped or cast at most along its other axes."""
+    while module:
         operator = producers.get(activation.name)
-        if operator is None:
-            return bool(module)
-        if not module or f"{operator.module}.".startswith(inside):
-            (before, *others) = operator.inputs or (activation,)
-            same = (
-                operator.target.split(".")[1] in _SAME_NUMBERS and before.shape[-1:] == activation.shape[-1:]
-            )
-            if others or not same or before is activation:
-                return False
-            activation = before
-        else:
-            return True
+        if operator is None or not f"{operator.module}.".startswith(f"{module}."):
+            return activation
+        before = operator.inputs[0] if len(operator.inputs) == 1 else None
+        if before is None or operator.target.split(".")[1] not in _SAME_NUMBERS:
+            return None
+        if before.shape[-1:] != activation.shape[-1:]:
+            return None
+        activation = before
+    return None
 
 
 _SAME_NUMBERS = {
