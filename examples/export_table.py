@@ -29,6 +29,7 @@ import graphprune as gp
 import quant
 from graphprune.errors import GraphPruneError, ShrinkError
 from graphprune.export.verify import measure_onnx
+from graphprune.export.verify_encoder_decoder import measure_encoder_decoder
 from graphprune.export.verify_outputs import TOLERANCE, measure_outputs
 
 CONFIG = quant.LoftQConfig(format="nf4", block_size=16, rank=2, iterations=1)
@@ -83,10 +84,13 @@ def packed(model: nn.Module) -> nn.Module:
 
 
 def with_cache(model: Any, architecture: Architecture, folder: Path) -> float:
-    """Write and verify a decoder."""
+    """Write and verify a decoder, or an encoder and a decoder."""
     ids = architecture.inputs()["input_ids"]
-    found = measure_onnx(gp.export_onnx(model, folder), model, ids.tolist())
-    return found.max_relative_error
+    written = gp.export_onnx(model, folder)
+    if written == folder:
+        examples = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return measure_encoder_decoder(folder, model, examples, ids.tolist()).max_relative_error
+    return measure_onnx(written, model, ids.tolist()).max_relative_error
 
 
 def without_cache(model: Any, architecture: Architecture, folder: Path) -> float:

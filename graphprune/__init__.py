@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graphprune.coupling.rules import rule as rule
     from graphprune.export.quantize_onnx import quantize_onnx as quantize_onnx
     from graphprune.export.verify import verify_onnx as verify_onnx
+    from graphprune.export.verify_encoder_decoder import verify_encoder_decoder as verify_encoder_decoder
     from graphprune.export.verify_outputs import verify_outputs as verify_outputs
     from graphprune.export.write import export_onnx as export_onnx
     from graphprune.prune.cubic_schedule import CubicSchedule as CubicSchedule
@@ -52,6 +53,7 @@ _HOME = {
     "shrink": "graphprune.shrink",
     "shrink_optimizer": "graphprune.shrink.optimizer",
     "trace": "graphprune.trace",
+    "verify_encoder_decoder": "graphprune.export.verify_encoder_decoder",
     "verify_onnx": "graphprune.export.verify",
     "verify_outputs": "graphprune.export.verify_outputs",
 }
@@ -76,6 +78,7 @@ __all__ = [
     "shrink",
     "shrink_optimizer",
     "trace",
+    "verify_encoder_decoder",
     "verify_onnx",
     "verify_outputs",
 ]

@@ -33,28 +33,38 @@ def base_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def write_adapter(model: nn.Module, path: Path) -> Path:
+def write_adapter(model: nn.Module, path: Path, *, model_file: Path | None = None) -> Path:
     """Write a model's adapters as an ``.onnx_adapter`` file for the models exported from the same packed weights.
 
     Args:
         model: With `QuantLinear` layers or packed parameters.
         path: The file.
+        model_file: The file that it is for, where the model is a pair of files: each takes the adapters of its own
+            weights alone. None for all adapters.
 
     Returns:
         The path.
 
     Raises:
-        ExportError: If the model has no adapters.
+        ExportError: If the model has no adapters, or the file takes none.
     """
+    taken = None if model_file is None else {value.name for value in ir.load(model_file).graph.inputs}
     parameters: dict[str, npt.NDArray[np.float32]] = {}
     for name, module in _with_room_for_adapters(model):
         if module.lora_A is not None:
             down, up = adapter_factors(module)
             # Contiguous, and held until all is written: ONNX Runtime's values only point into these arrays.
             for factor, array in (("lora_A", down), ("lora_B", up)):
-                parameters[f"{name}.{factor}.weight"] = np.ascontiguousarray(array)
+                parameter = f"{name}.{factor}.weight"
+                if taken is None or parameter in taken:
+                    parameters[parameter] = np.ascontiguousarray(array)
     if not parameters:
-        raise ExportError("the model has no adapters", "quantize it with a rank above 0")
+        raise ExportError(
+            "the model has no adapters"
+            if model_file is None
+            else f"{model_file} takes no adapters of the model",
+            'quantize it with a rank above 0, and export it with adapters="overridable"',
+        )
     value = onnxruntime.OrtValue.ortvalue_from_numpy
     file = onnxruntime.AdapterFormat()
     file.set_adapter_version(1)

@@ -99,19 +99,29 @@ def cache_layers(model: nn.Module) -> list[CacheLayer]:
     tokens = torch.zeros(1, 2, dtype=torch.long)
     with torch.no_grad():
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, use_cache=True)
+    layers = filled_layers(cache, tokens=2)
+    if not layers:
+        raise ExportError("the model filled no DynamicCache", "export causal language models that take one")
+    return layers
+
+
+def filled_layers(cache: DynamicCache, tokens: int) -> list[CacheLayer]:
+    """Return the layers of a cache that holds so many tokens.
+
+    Raises:
+        ExportError: If a layer does not hold plain keys and values of every token.
+    """
     layers = []
     for index, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None:
             continue
-        if keys.dim() != 4 or keys.shape[2] != 2 or values.shape[2] != 2:
+        if keys.dim() != 4 or keys.shape[2] != tokens or values.shape[2] != tokens:
             raise ExportError(
-                f"cache layer {index} holds keys of shape {tuple(keys.shape)} after two tokens",
+                f"cache layer {index} holds keys of shape {tuple(keys.shape)} after {tokens} tokens",
                 "export models whose cache is (batch, heads, tokens, head size)",
             )
         layers.append(CacheLayer(index=index, key=_heads(keys), value=_heads(values)))
-    if not layers:
-        raise ExportError("the model filled no DynamicCache", "export causal language models that take one")
     return layers
 
 

@@ -146,7 +146,7 @@ class ModuleWriter:
                 f"{weight_name(name)} stays packed in the file, and a session unpacks it to float32 when it opens: "
                 "it is read by another operator than a product over its inputs",
                 ExportWarning,
-                stacklevel=4,
+                stacklevel=6,
             )
             self._writer.replace(node, self._unpacked(name, module))
         else:

@@ -27,11 +27,12 @@ class OnnxDecoder:
     """A session over `model.onnx`.
 
     Args:
-        model: The file, or the bytes of its graph; then `folder` says where its data lies.
+        model: The file, or the bytes of its graph; then `folder` says where its data lies. Or a session that is open.
         threads: Threads of one operator; None leaves it to ONNX Runtime.
         folder: Where the external data of a graph given as bytes lies.
         provider: What computes: ``cpu`` or ``cuda``.
         settings: Further entries of the session's configuration.
+        fixed: Further inputs that are the same at every step, such as what an encoder has made of its own.
 
     Raises:
         RecipeError: If `provider` is no name of one.
@@ -40,18 +41,22 @@ class OnnxDecoder:
 
     def __init__(
         self,
-        model: Path | bytes,
+        model: Path | bytes | onnxruntime.InferenceSession,
         *,
         threads: int | None = None,
         folder: Path | None = None,
         provider: Provider = "cpu",
         settings: Mapping[str, str] | None = None,
+        fixed: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
-        self.name = str(folder if isinstance(model, bytes) else model)
-        self._session = open_session(
-            model, threads=threads, folder=folder, provider=provider, settings=settings
+        self.name = str(model if isinstance(model, Path) else folder)
+        self._session = (
+            model
+            if isinstance(model, onnxruntime.InferenceSession)
+            else open_session(model, threads=threads, folder=folder, provider=provider, settings=settings)
         )
-        inputs = {value.name: value for value in self._session.get_inputs()}
+        self._fixed = dict(fixed or {})
+        inputs = {value.name: value for value in self._session.get_inputs() if value.name not in self._fixed}
         self._past = [value for name, value in inputs.items() if name.startswith("past_key_values.")]
         self._token_inputs = {"input_ids", "attention_mask", "position_ids"} & inputs.keys()
         self._outputs = [
@@ -92,7 +97,7 @@ class OnnxDecoder:
             attention_mask = np.ones((batch, length + sequence), dtype=np.int64)
         positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -sequence:]
         tokens = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
-        feeds: dict[str, npt.NDArray[Any]] = {name: tokens[name] for name in self._token_inputs}
+        feeds = self._fixed | {name: tokens[name] for name in self._token_inputs}
         feeds |= {value.name: array for value, array in zip(self._past, past, strict=True)}
         with clear_errors(self.name):
             logits, *present = self._session.run(self._outputs, feeds)

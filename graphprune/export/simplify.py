@@ -21,12 +21,28 @@ def simplify(model: ir.Model) -> None:
         model, onnx_shape_inference=False, input_size_limit=_LARGEST_FOLDED, output_size_limit=_LARGEST_FOLDED
     )
     onnx_fusions.fuse(model)
+    drop_idle_reshapes(model.graph)
     fuse_attention(model.graph)
     Sequential(
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),
     )(model)
+
+
+def drop_idle_reshapes(graph: ir.Graph) -> None:
+    """Let the readers of a Reshape that changes nothing read what it reads, while shapes are known."""
+    for node in [node for node in graph if node.op_type == "Reshape" and node.domain == ""]:
+        before, after = node.inputs[0], node.outputs[0]
+        if (
+            before is not None
+            and before.shape is not None
+            and before.shape == after.shape
+            and ir.SymbolicDim(None) not in before.shape
+            and not after.is_graph_output()
+        ):
+            after.replace_all_uses_with(before)
+            graph.remove(node, safe=True)
 
 
 def name_initializers(graph: ir.Graph, prefix: str, taken: Collection[str]) -> None:

@@ -22,7 +22,7 @@ WEIGHT = "Weight"
 
 
 class _StandIn(nn.Module):
-    """A matrix module whose weight and bias may be read by the code around it, as those of tied ones are."""
+    """A matrix module whose weight, bias and sizes may be read by the code around it, as those of tied ones are."""
 
     def __init__(
         self, name: str, operator: str, shape: Sequence[int], bias: Tensor | None = None, scale: float = 1.0
@@ -33,15 +33,20 @@ class _StandIn(nn.Module):
         self.name = name
         self.operator = operator
         self.shape = tuple(shape)
-        self.features = shape[0] if operator == LINEAR else shape[1]
+        if operator == LINEAR:
+            self.out_features, self.in_features = shape
+        else:
+            self.num_embeddings, self.embedding_dim = shape
 
     @property
     def weight(self) -> Tensor:
         return opaque(WEIGHT, (), self.shape, module=self.name)
 
     def forward(self, x: Tensor) -> Tensor:
-        size = x.shape[:-1] if self.operator == LINEAR else x.shape
-        y = opaque(self.operator, (x,), (*size, self.features), module=self.name)
+        shape = (
+            (*x.shape[:-1], self.out_features) if self.operator == LINEAR else (*x.shape, self.embedding_dim)
+        )
+        y = opaque(self.operator, (x,), shape, module=self.name)
         return y if self.scale == 1 else y * self.scale
 
 

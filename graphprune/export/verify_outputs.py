@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ LARGEST_SHIPPED = 0.1
 _Array = npt.NDArray[Any]
 _Arrays = dict[str, _Array]
 _Sizes = dict[str, int]
+
+Reference = Callable[[dict[str, Any]], list[_Array]]
+"""From a model's inputs to its outputs."""
 
 
 def verify_outputs(
@@ -90,11 +94,11 @@ def measure_outputs(
     training = model.training
     model.eval()
     try:
-        _check_inputs(path, inputs)
+        check_inputs(path, inputs)
         with torch.no_grad(), in_float32(model):
             with replaced(model, rounded):
                 exact = open_session(exact_graph(path), folder=path.parent, settings=EXACT)
-                checks |= _compare_sizes(exact, model, inputs, sizes or {})
+                checks |= compare_sizes(exact, partial(_reference, model), inputs, sizes or {})
             found = _run(open_session(path), inputs)
             shipped = _worst(found, _reference(model, inputs), _root_mean_square)
     except SourceError as error:
@@ -105,7 +109,8 @@ def measure_outputs(
     return [*rows, Check("shipped", shipped, LARGEST_SHIPPED)]
 
 
-def _check_inputs(path: Path, inputs: dict[str, Any]) -> None:
+def check_inputs(path: Path, inputs: dict[str, Any]) -> None:
+    """Raise VerificationError unless a file takes these inputs."""
     wanted = [value.name for value in open_session(path).get_inputs()]
     given = [name for name, _ in named_tensors(inputs)]
     if sorted(wanted) != sorted(given):
@@ -115,13 +120,24 @@ def _check_inputs(path: Path, inputs: dict[str, Any]) -> None:
         )
 
 
-def _compare_sizes(
+def compare_sizes(
     session: onnxruntime.InferenceSession,
-    model: nn.Module,
+    reference: Reference,
     inputs: dict[str, Any],
     asked: Mapping[str, Sequence[int]],
 ) -> dict[str, float]:
-    errors = {"examples": _worst(_run(session, inputs), _reference(model, inputs), _largest)}
+    """Return the worst error of an output for inputs as they are and at other sizes, by the names of these.
+
+    Args:
+        session: Of the file.
+        reference: What its outputs should be.
+        inputs: By name.
+        asked: Sizes of free axes, by name; what `measure_outputs` says for others.
+
+    Raises:
+        VerificationError: If the model does not take the sizes, or the file's outputs have other shapes.
+    """
+    errors = {"examples": _worst(_run(session, inputs), reference(inputs), largest_error)}
     axes = {
         value.name: {axis: size for axis, size in enumerate(value.shape) if isinstance(size, str)}
         for value in session.get_inputs()
@@ -131,12 +147,12 @@ def _compare_sizes(
         resized = with_tensors(inputs, tensors)
         label = ", ".join(f"{name} {size}" for name, size in sizes.items())
         try:
-            expected = _reference(model, resized)
+            expected = reference(resized)
         except Exception as error:
             raise VerificationError(
                 f"the model itself does not take {label}: {error}", "give sizes that it takes"
             ) from error
-        errors[label] = _worst(_run(session, resized), expected, _largest)
+        errors[label] = _worst(_run(session, resized), expected, largest_error)
     return errors
 
 
@@ -193,7 +209,8 @@ def _worst(found: _Arrays, expected: Sequence[_Array], measure: Callable[[_Array
     return float(np.max(errors))
 
 
-def _largest(found: _Array, reference: _Array) -> float:
+def largest_error(found: _Array, reference: _Array) -> float:
+    """Return the largest difference of a number, over the largest number of the reference."""
     return float(np.abs(found - reference).max() / max(float(np.abs(reference).max()), _TINY))
 
 

@@ -1,4 +1,4 @@
-"""A model as one compact ONNX file: a causal language model with its key-value cache, or any function of tensors."""
+"""A model as compact ONNX files: a decoder with its cache, an encoder beside it, or any function of tensors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from graphprune.export.adapter_file import BASE, base_digest
 from graphprune.export.adapters import Adapters, check_adapters
 from graphprune.export.axes import DynamicAxes
 from graphprune.export.decoder import traceable_decoder
+from graphprune.export.encoder_decoder import has_halves, traceable_halves
+from graphprune.export.encoder_decoder_runtime import DECODER_FILE, ENCODER_FILE
 from graphprune.export.function import traceable_function
 from graphprune.export.graph_writer import MICROSOFT
 from graphprune.export.halves import HALVES
@@ -22,13 +24,14 @@ from graphprune.export.layouts import Profile, check_profile
 from graphprune.export.modules import ModuleWriter
 from graphprune.export.simplify import forget_traces, name_ends, name_initializers, simplify
 from graphprune.export.skip_norm import fuse_skip_norms
+from graphprune.export.stand_ins import DOMAIN
 from graphprune.export.traceable import PREFIX, Traceable
 from graphprune.export.tracing import OPSET, trace_to_onnx
 from graphprune.files import replacing
 from quant import PackedParameter, QuantLinear
 
 FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
+DATA_FILE = f"{FILE}.data"
 
 # Smaller initializers (shapes, scalars) stay in the graph's own file.
 _SMALLEST_EXTERNAL = 1024
@@ -45,7 +48,7 @@ def export_onnx(
     adapters: Adapters = "overridable",
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a model as `model.onnx` and `model.onnx.data`; a folder of that name is replaced whole.
+    """Write a model as `model.onnx` and `model.onnx.data`, or a pair of such; a folder of that name is replaced whole.
 
     Matrices of `QuantLinear`, `QuantEmbedding` and `PackedParameter` (Conv1D's, stacks of experts) keep their bits, a
     tied head shares them, and each adapter is a pair of overridable initializers `<module>.lora_A.weight` (in, rank)
@@ -60,11 +63,20 @@ def export_onnx(
     With examples any model is written, and no cache: an encoder, a classifier, a plain net. Inputs have the examples'
     names, outputs those that the model gives them (fields or keys), else `output`, `output_1`, ....
 
+    An encoder-decoder that generates becomes two files with caches, without examples or with examples of its encoder's
+    inputs; with examples of the decoder's as well it is one graph without a cache. `encoder.onnx` gives
+    last_hidden_state, and present.N.encoder.key and .value, which attention to the encoder reads; `decoder.onnx` reads
+    these as past_key_values.N.encoder.key and .value, beside input_ids, encoder_attention_mask where the examples
+    have an attention_mask, and past_key_values.N.decoder.key and .value of its own tokens. It serves prefill and
+    decoding, and gives logits (batch, sequence, vocabulary), present.N.decoder.key and .value. A file stores the
+    weights that it reads, those of both are stored twice.
+
     Args:
         model: A model in float32, float16 or bfloat16. It is not changed. The file computes in float32; dense matrices
             of 16 bits are stored as they are, and a session widens them when it opens.
-        folder: Where the two files go.
-        examples: None for a causal language model of transformers that takes a `DynamicCache`. Else inputs as
+        folder: Where the files go.
+        examples: None for a causal language model of transformers that takes a `DynamicCache`, or an encoder-decoder
+            that reads token ids and takes an `EncoderDecoderCache`. Else inputs as
             `graphprune.trace` takes them: keyword arguments of the model's forward by name; or one tensor, or a
             tuple of the first ones. What is no tensor in them is fixed.
         dynamic_axes: With examples, the free axes of each input and their names, such as ``{"pixel_values": {0:
@@ -80,7 +92,7 @@ def export_onnx(
         metadata: Entries for the file's `metadata_props`.
 
     Returns:
-        The path of `model.onnx`.
+        The path of `model.onnx`; of a pair the folder.
 
     Raises:
         ExportError: If the model cannot be traced or translated, or does not take the examples.
@@ -88,30 +100,48 @@ def export_onnx(
     check_profile(profile)
     check_adapters(adapters)
     _check(model, examples, dynamic_axes)
+    metadata = {**(metadata or {}), **_base(model, adapters)}
     training = model.training
     model.eval()
     try:
-        traceable = (
-            traceable_decoder(model)
-            if examples is None
-            else traceable_function(model, examples, dynamic_axes)
-        )
-        onnx = trace_to_onnx(model, traceable)
-        name_initializers(onnx.graph, PREFIX, [*traceable.input_names, *traceable.output_names])
-        simplify(onnx)
-        if profile != "portable":
-            fuse_skip_norms(onnx.graph)
-        ModuleWriter(model, onnx.graph, profile=profile, exact=exact, adapters=adapters).write_all()
+        traceables = _traceables(model, examples, dynamic_axes)
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            for file, traceable in traceables.items():
+                onnx = _translated(model, traceable, profile=profile, exact=exact, adapters=adapters)
+                onnx.metadata_props.update(metadata)
+                data = f"{file}.data"
+                ir.save(onnx, temporary / file, external_data=data, size_threshold_bytes=_SMALLEST_EXTERNAL)
     finally:
         model.train(training)
-    _finish(onnx, traceable, {**(metadata or {}), **_base(model, adapters)})
-    with replacing(folder) as temporary:
-        temporary.mkdir()
-        ir.save(onnx, temporary / FILE, external_data=DATA_FILE, size_threshold_bytes=_SMALLEST_EXTERNAL)
-    return folder / FILE
+    return folder / FILE if FILE in traceables else folder
 
 
-def _finish(onnx: ir.Model, traceable: Traceable, metadata: Mapping[str, str]) -> None:
+def _traceables(model: nn.Module, examples: Any, dynamic_axes: DynamicAxes | None) -> dict[str, Traceable]:
+    """Return a model as the tracer takes it, for each file by its name."""
+    if has_halves(model, examples):
+        encoder, decoder = traceable_halves(model, examples, dynamic_axes)
+        return {DECODER_FILE: decoder, ENCODER_FILE: encoder}
+    if examples is None:
+        return {FILE: traceable_decoder(model)}
+    return {FILE: traceable_function(model, examples, dynamic_axes)}
+
+
+def _translated(
+    model: nn.Module, traceable: Traceable, *, profile: Profile, exact: bool, adapters: Adapters
+) -> ir.Model:
+    onnx = trace_to_onnx(model, traceable)
+    name_initializers(onnx.graph, PREFIX, [*traceable.input_names, *traceable.output_names])
+    simplify(onnx)
+    if profile != "portable":
+        fuse_skip_norms(onnx.graph)
+    ModuleWriter(model, onnx.graph, profile=profile, exact=exact, adapters=adapters).write_all()
+    _finish(onnx, traceable)
+    _check_written(onnx.graph)
+    return onnx
+
+
+def _finish(onnx: ir.Model, traceable: Traceable) -> None:
     name_ends(onnx.graph, traceable.input_names, traceable.output_names)
     traceable.name_axes(onnx.graph)
     forget_traces(onnx)
@@ -119,7 +149,16 @@ def _finish(onnx: ir.Model, traceable: Traceable, metadata: Mapping[str, str]) -
     onnx.opset_imports[""] = OPSET
     if any(node.domain == MICROSOFT for node in onnx.graph):
         onnx.opset_imports[MICROSOFT] = 1
-    onnx.metadata_props.update(metadata)
+
+
+def _check_written(graph: ir.Graph) -> None:
+    """Raise if something is left that only stands for what no operator computes."""
+    for node in graph:
+        if node.domain == DOMAIN:
+            raise ExportError(
+                f"{node.op_type} is read, of which the file has no numbers",
+                "export models whose decoder reads the encoder's states only through its cache",
+            )
 
 
 def _base(model: nn.Module, adapters: Adapters) -> dict[str, str]:
