@@ -21,7 +21,8 @@ class Consumer:
     Attributes:
         parameter: Its qualified name.
         axis: The weight's axis that is contracted.
-        module: Qualified name of the module that multiplies by it: the owner, or of a tied weight the output head.
+        module: Qualified name of the module that multiplies by it: mostly the owner, of a tied weight the output head,
+            "" for the model itself.
         source: Name of the activation that it reads; consumers of one activation share it.
         dim: The activation's axis that is contracted, as a dimension of the module's input; None where the module
             works the activation out itself, as the experts of a mixture do.
@@ -70,6 +71,12 @@ def consumers_of(groups: NodeGroups, gated: Iterable[NodeGroup]) -> tuple[Consum
     producers = {
         value.name: operator for operator in groups.graph.operators for value in operator.outputs if value
     }
+    looked_up = {
+        value.name
+        for operator in groups.graph.operators
+        if operator.target.startswith(_LOOKUP)
+        for value in operator.inputs
+    }
     found = []
     for (parameter, axis), gates in owners.items():
         if parameter not in products:
@@ -78,8 +85,14 @@ def consumers_of(groups: NodeGroups, gated: Iterable[NodeGroup]) -> tuple[Consum
                 "leave this kind out of kinds (recipe: prune.kinds)",
             )
         operator, activation, dim = products[parameter]
-        module = operator.module or parameter.rpartition(".")[0]
+        module = operator.module
         given = _module_input(activation, module, producers)
+        if given is None and parameter in looked_up:
+            raise TrainingError(
+                f"{parameter} is looked up and multiplied by, and '{module}' works out what it is multiplied with, so "
+                "its units cannot be gated in one place alone",
+                "leave this kind out of kinds (recipe: prune.kinds)",
+            )
         source = activation if given is None else given
         found.append(Consumer(parameter, axis, module, source.name, None if given is None else dim, gates))
     return tuple(found)
@@ -112,7 +125,7 @@ def _products(graph: OperatorGraph) -> dict[str, tuple[Operator, Value, int]]:
         if activations:
             dim = 1 if operator.target.startswith("aten.conv") else -1
             found.update({name: (operator, activations[0], dim) for name in every if name not in found})
-        elif every and not operator.target.startswith("aten.embedding"):
+        elif every and not operator.target.startswith(_LOOKUP):
             origins.update({value.name: every for value in operator.outputs if value})
     return found
 
@@ -132,6 +145,7 @@ def _module_input(activation: Value, module: str, producers: Mapping[str, Operat
     return None
 
 
+_LOOKUP = "aten.embedding"
 _SAME_NUMBERS = {
     "view",
     "reshape",

@@ -58,7 +58,9 @@ class Gates:
             if consumer.dim is not None:
                 self._handles.append(module.register_forward_pre_hook(self._on_input(consumer, consumer.dim)))
             else:
-                weight = _ScaledWeight(self, consumer)
+                weight = _ScaledWeight(
+                    self, consumer, model.get_submodule(consumer.parameter.rpartition(".")[0])
+                )
                 self._handles.append(module.register_forward_pre_hook(GateHook(weight.begin)))
                 self._handles.append(module.register_forward_hook(weight.end, always_call=True))
 
@@ -142,17 +144,18 @@ class Gates:
 
 
 class _ScaledWeight:
-    """A weight that is scaled along its contracted axis while its module runs."""
+    """A weight that is scaled along its contracted axis while the module that multiplies by it runs."""
 
-    def __init__(self, gates: Gates, consumer: Consumer) -> None:
+    def __init__(self, gates: Gates, consumer: Consumer, owner: nn.Module) -> None:
         self._gates = gates
+        self._owner = owner
         self._consumer = consumer
         self._name = consumer.parameter.rpartition(".")[2]
         self._whole: list[nn.Parameter] = []
 
     def begin(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         """Put the scaled weight in the parameter's place."""
-        weight = module._parameters.get(self._name)
+        weight = self._owner._parameters.get(self._name)
         if weight is None:
             raise TrainingError(
                 f"{self._consumer.parameter} is no parameter of its module any more, so its units cannot be gated",
@@ -164,12 +167,12 @@ class _ScaledWeight:
             shape[self._consumer.axis] = -1
             factor = self._consumer.factor(self._gates.values).view(shape)
             # Not a parameter of its own, but what a forward reads in the parameter's place.
-            module._parameters[self._name] = cast(nn.Parameter, weight * factor.to(weight.dtype))
+            self._owner._parameters[self._name] = cast(nn.Parameter, weight * factor.to(weight.dtype))
 
     def end(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         """Put the parameter back."""
         if self._whole:
-            module._parameters[self._name] = self._whole.pop()
+            self._owner._parameters[self._name] = self._whole.pop()
 
 
 class _Scaled(torch.autograd.Function):

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import traced
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 from zeroed import zeroed
 
 from graphprune.coupling.groups import node_groups
@@ -185,6 +192,39 @@ def test_fewer_heads_are_told_from_narrower_ones_of_the_same_shapes():
     small = shrink(net.model, net.groups, plan, net.inputs)
     with pytest.raises(ShrinkError, match=r"refuses .*hidden size \(64\) is not a multiple"):
         fit_config(square, small, net.groups, plan)
+
+
+@pytest.mark.parametrize("kinds", [{"attention_heads": 1}, {"attention_heads": 1, "ffn": 10}])
+def test_a_width_of_heads_that_the_class_divides_for_is_written_down(kinds):
+    """Phi 3 keeps query, key and value in one matrix, whose rows six heads of two would fill as well."""
+    config = Phi3Config(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        vocab_size=61, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = traced(Phi3ForCausalLM(config).eval())
+    plan = uniform(net, **kinds)
+    small = shrink(net.model, net.groups, plan, net.inputs, form="module")
+    fitted = fit_config(config, small, net.groups, plan)
+    assert fitted.head_dim == 4
+    again = Phi3ForCausalLM(fitted).eval()
+    again.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(again(**net.inputs).logits, small(**net.inputs).logits)
+
+
+def test_as_many_layers_as_heads_stay_layers():
+    """Twelve numbers of a configuration are two here; only those of heads make the smaller model."""
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, vocab_size=61, eos_token_id=2, sliding_window=None,
+    )  # fmt: skip
+    net = traced(MixtralForCausalLM(config).eval())
+    plan = uniform(net, attention_heads=1, ffn=32)
+    small = shrink(net.model, net.groups, plan, net.inputs, form="module")
+    fitted = fit_config(config, small, net.groups, plan)
+    assert (fitted.num_attention_heads, fitted.num_key_value_heads, fitted.head_dim) == (2, 1, 8)
+    assert (fitted.intermediate_size, fitted.num_hidden_layers, fitted.eos_token_id) == (32, 2, 2)
 
 
 def test_uneven_layers_have_no_stock_configuration(llama):

@@ -1,0 +1,186 @@
+"""Gates where a module works out itself what its weight reads, where one is tied, where products are spelled out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_llama, traced
+from torch import Tensor, nn
+from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import graphprune as gp
+from graphprune.errors import TrainingError
+from graphprune.prune.training import Objective, logits_of
+from graphprune.saliency.gates import Gates
+from graphprune.saliency.registry import Evidence, saliency_named
+from graphprune.shrink.gated import is_gated
+
+IDS = torch.arange(24).reshape(2, 12) % 60 + 3
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+}
+
+
+def mixtral() -> nn.Module:
+    torch.manual_seed(0)
+    return spread(MixtralForCausalLM(MixtralConfig(**SIZES)))
+
+
+def gpt_oss() -> nn.Module:
+    """Its experts are stored (in, out), with biases."""
+    torch.manual_seed(0)
+    return spread(GptOssForCausalLM(GptOssConfig(**{**SIZES, "sliding_window": 16}, head_dim=8)))
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Make experts and heads count: at their own initialization they hardly move the logits."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("build", [mixtral, gpt_oss])
+def test_a_closed_gate_is_a_channel_of_all_experts_removed(build):
+    own = traced(build())
+    names = own.of_kind("ffn")
+    before = logits(own.model)
+    held = dict(own.model.named_parameters())
+    gates = Gates(own.model, own.groups, names)
+    assert is_gated(own.model)
+    torch.testing.assert_close(logits(own.model), before, atol=1e-6, rtol=0)
+    units = [1, 3, 6, 20]  # what is left has a width that grouped products take
+    with torch.no_grad():
+        for value in gates.values.values():
+            value[units] = 0
+    gated = logits(own.model)
+    assert float((gated - before).abs().max()) > 0.1
+    with gates.opened():
+        assert torch.equal(logits(own.model), before)
+    gates.close()
+    assert torch.equal(logits(own.model), before)
+    assert {name: id(parameter) for name, parameter in own.model.named_parameters()} == {
+        name: id(parameter) for name, parameter in held.items()
+    }
+    small = gp.shrink(own.model, own.groups, gp.Plan(dict.fromkeys(names, units)), own.inputs)
+    torch.testing.assert_close(logits(small), gated, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_gates_on_experts_are_those_of_finite_differences():
+    own = traced(mixtral())
+    name = own.of_kind("ffn")[1]
+    gates = Gates(own.model, own.groups, [name])
+    loss = Objective(logits_of(own.model), None, 0.0, False)
+    loss(IDS).backward()
+    gradient = gates.gradients()[name]
+    unit = int(gradient.abs().argmax())
+    values = []
+    for shift in (0.02, -0.02):
+        with torch.no_grad():
+            gates.values[name][unit] += shift
+            values.append(float(loss(IDS)))
+            gates.values[name][unit] -= shift
+    assert float(gradient[unit]) == pytest.approx((values[0] - values[1]) / 0.04, rel=2e-2)
+
+
+def test_a_forward_that_fails_gives_the_weight_back():
+    own = traced(mixtral())
+    gates = Gates(own.model, own.groups, own.of_kind("ffn"))
+    experts = own.model.model.layers[0].mlp.experts
+    weight = experts.down_proj
+    with pytest.raises(RuntimeError), torch.no_grad():
+        experts(torch.zeros(3, 5), torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2))
+    assert experts.down_proj is weight
+    gates.close()
+
+
+def test_what_only_activations_tell_is_refused_for_experts():
+    own = traced(mixtral())
+    gates = Gates(own.model, own.groups, own.of_kind("ffn"))
+    evidence = Evidence(
+        own.model, own.groups, gates, IDS.split(1), Objective(logits_of(own.model), None, 0.0, False)
+    )
+    with pytest.raises(TrainingError, match=r"down_proj reads cannot be observed.*\n.*fisher"):
+        saliency_named("wanda")(evidence)
+
+
+def test_a_tied_head_is_gated_where_it_multiplies_not_where_rows_are_looked_up():
+    model = tiny_llama(seed=6)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    own = traced(model)
+    (name,) = own.of_kind("hidden")
+    gates = Gates(own.model, own.groups, [name])
+    assert "lm_head" in {consumer.module for consumer in gates.consumers}
+    seen = {}
+    model.lm_head.register_forward_hook(lambda module, given, out: seen.update(head=given[0].clone()))
+    with torch.no_grad():
+        gates.values[name][2] = 0
+    logits(model)
+    assert float(seen["head"][..., 2].abs().max()) == 0
+    assert float(seen["head"][..., 3].abs().max()) > 0
+
+
+class Functional(nn.Module):
+    """Multiplies by a child's weight without calling the child, and one of its own within its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8, bias=False)
+        self.out = nn.Parameter(torch.randn(10, 3))
+        self.middle = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.up(x)) @ self.down.weight.T
+        return torch.relu(self.middle(hidden)) @ self.out
+
+
+def test_weights_that_no_module_of_their_own_reads_are_gated():
+    torch.manual_seed(0)
+    model, x = Functional(), torch.randn(5, 8)
+    groups = gp.node_groups(gp.trace(model, {"x": x}))
+    names = [name for name, group in groups.items() if group.prunable and group.size in (10, 12)]
+    assert len(names) == 2
+    gates = Gates(model, groups, names)
+    with torch.no_grad():
+        for value in gates.values.values():
+            value[[0, 4]] = 0
+        gated = model(x)
+        gates.close()
+        small = gp.shrink(model, groups, gp.Plan({name: [0, 4] for name in names}), {"x": x})
+        torch.testing.assert_close(small(x), gated, atol=1e-5, rtol=1e-5)
+        assert float((model(x) - gated).abs().max()) > 1e-2
+
+
+class LookedUp(nn.Module):
+    """Looks rows up, and multiplies by the same table within its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix = nn.Embedding(9, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.table(ids)
+        return (hidden + torch.relu(self.mix(hidden))) @ self.table.weight.T
+
+
+def test_a_table_that_is_looked_up_too_is_not_scaled_as_a_whole():
+    ids = torch.arange(6).view(2, 3)
+    model = LookedUp()
+    groups = gp.node_groups(gp.trace(model, {"ids": ids}))
+    (name,) = [name for name, group in groups.items() if group.size == 8 and group.prunable]
+    with pytest.raises(TrainingError, match=r"table.weight is looked up and multiplied by"):
+        Gates(model, groups, [name])
