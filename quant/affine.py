@@ -49,6 +49,10 @@ def affine_layout(module: nn.Module) -> Layout | None:
     return None
 
 
+class TransposedLinear(nn.Linear):
+    """Stands for a layer that stores its weight (in, out)."""
+
+
 @contextmanager
 def linearized(model: nn.Module, includes: Callable[[str], bool]) -> Iterator[None]:
     """Have an `nn.Linear` of the same numbers in the place of every such layer that is none, while the block runs.
@@ -76,7 +80,8 @@ def linearized(model: nn.Module, includes: Callable[[str], bool]) -> Iterator[No
 def _linear(module: nn.Module, layout: Layout) -> nn.Linear:
     weight = module.get_parameter("weight")
     rows, columns = weight.shape if layout == "out, in" else reversed(weight.shape)
-    linear = nn.Linear(columns, rows, device="meta", dtype=weight.dtype)
+    kind = nn.Linear if layout == "out, in" else TransposedLinear
+    linear = kind(columns, rows, device="meta", dtype=weight.dtype)
     # Tied weights stay tied; a transposed one shares its numbers.
     linear.weight = weight if layout == "out, in" else nn.Parameter(weight.detach().T, weight.requires_grad)
     linear.register_parameter("bias", module._parameters.get("bias"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from quant.affine import linearized
+from quant.affine import TransposedLinear, linearized
 from quant.blockwise import check_weight, quantize
 from quant.calibration import Batch, as_batches, collect_covariances, evaluation
 from quant.chain import find_chain
@@ -226,7 +226,15 @@ def _replace_(
         new = (
             QuantEmbedding(quantized, weight.dtype, row_scale(layer, name))
             if isinstance(layer, nn.Embedding)
-            else QuantLinear(quantized, bias, lora_A, lora_B, config.scaling, weight.dtype)
+            else QuantLinear(
+                quantized,
+                bias,
+                lora_A,
+                lora_B,
+                config.scaling,
+                weight.dtype,
+                transposed=isinstance(layer, TransposedLinear),
+            )
         )
         replace_module_(model, layer, new)
         bias_bytes = 0 if bias is None else bias.nbytes

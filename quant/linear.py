@@ -30,11 +30,13 @@ class QuantLinear(PackedWeight):
         lora_B: (out_features, rank) or None; trainable. An `nn.Parameter` is used as it is.
         scaling: Factor of the adapters' product, above 0.
         dtype: The dtype of `weight`.
+        transposed: Whether the layer whose place this one takes stores its weight (in, out); `quant.json` says so.
 
     Attributes:
         in_features: Length of an input row.
         out_features: Length of an output row.
         scaling: Factor of the adapters' product.
+        transposed: As above.
 
     Raises:
         QuantError: A part does not fit the others.
@@ -48,8 +50,10 @@ class QuantLinear(PackedWeight):
         lora_B: Tensor | None = None,
         scaling: float = 1.0,
         dtype: torch.dtype = torch.float32,
+        transposed: bool = False,
     ) -> None:
         super().__init__(quantized, dtype)
+        self.transposed = transposed
         self.out_features, self.in_features = quantized.shape
         _check_parts(self.shape, bias, lora_A, lora_B)
         _check_scaling(scaling)

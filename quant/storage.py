@@ -167,7 +167,7 @@ def _build(
         return PackedParameter(quantized, lora_A, lora_B, layer.scaling, layer.transposed, slot.dtype)
     bias = tensors.take(f"{name}.bias")
     bias = None if bias is None else bias.to(slot.device)
-    return QuantLinear(quantized, bias, lora_A, lora_B, layer.scaling, slot.dtype)
+    return QuantLinear(quantized, bias, lora_A, lora_B, layer.scaling, slot.dtype, layer.transposed)
 
 
 def _stacks(model: nn.Module, layers: Mapping[str, StoredLayer]) -> dict[str, list[str]]:

@@ -42,7 +42,7 @@ class StoredLayer:
         scaling: Factor of the adapters' product.
         scale: What an embedding multiplies its rows by.
         tied_to: The layer that holds the tensors which this one lacks in the file, since both share them.
-        transposed: Whether the parameter is the transpose of what is packed.
+        transposed: Whether the parameter, or the weight of the layer replaced, is the transpose of what is packed.
         zeros: Of a ternary dictionary, see `TernaryTensor`.
         longest: Of a ternary dictionary, see `TernaryTensor`.
     """
@@ -145,7 +145,7 @@ def describe(packed: Packed, tied_to: str | None) -> StoredLayer:
         scaling=adapted.scaling if adapted else 1.0,
         scale=packed.scale if isinstance(packed, QuantEmbedding) else 1.0,
         tied_to=tied_to,
-        transposed=isinstance(packed, PackedParameter) and packed.transposed,
+        transposed=isinstance(packed, (QuantLinear, PackedParameter)) and packed.transposed,
     )
 
 
@@ -178,10 +178,10 @@ def find_slot(model: nn.Module, name: str, layer: StoredLayer) -> Slot:
 
 def _module_slot(model: nn.Module, name: str, layer: StoredLayer) -> Slot:
     old = dict(model.named_modules(remove_duplicate=False)).get(name)
-    if old is not None and layer.kind == "linear" and _holds_a_weight(old) and not _transposed(old, layer):
+    if old is not None and layer.kind == "linear" and _holds_a_weight(old) and not layer.transposed:
         # A checkpoint names matrices, not what reads them: this one is a parameter, such as Conv1D's.
         return replace(_parameter_slot(model, f"{name}.weight", layer), holder=old)
-    if old is None or (_kind_and_shape(old) != (layer.kind, layer.shape) and not _transposed(old, layer)):
+    if old is None or not (_kind_and_shape(old) == (layer.kind, layer.shape) or _is_transposed(old, layer)):
         found = "nothing" if old is None else f"a {type(old).__name__} of shape {_kind_and_shape(old)[1]}"
         raise _misfit(name, layer, found, NAMES if old is None and layer.kind == "linear" else "")
     weight = old._dtype_mark if isinstance(old, PackedWeight) else next(old.parameters())
@@ -209,11 +209,11 @@ def _holds_a_weight(module: nn.Module) -> bool:
     return "weight" in module._parameters and not isinstance(module, (nn.Linear, nn.Embedding))
 
 
-def _transposed(module: nn.Module, layer: StoredLayer) -> bool:
-    """Whether a module is a linear layer of the stored shape that keeps its weight transposed, such as a Conv1D."""
+def _is_transposed(module: nn.Module, layer: StoredLayer) -> bool:
+    """Whether a module is the layer that stores (in, out) whose place a stored one takes, such as a Conv1D."""
     weight = module._parameters.get("weight")
-    fits = layer.kind == "linear" and weight is not None and tuple(weight.shape) == layer.shape[::-1]
-    return fits and affine_layout(module) == "in, out"
+    fits = weight is not None and tuple(weight.shape) == layer.replaced_shape
+    return layer.transposed and fits and affine_layout(module) == "in, out"
 
 
 def _kind_and_shape(module: nn.Module) -> tuple[str, tuple[int, ...]]:

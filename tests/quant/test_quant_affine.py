@@ -162,8 +162,24 @@ def test_they_come_back_from_a_folder_bit_for_bit(tmp_path: Path) -> None:
     save_quantized(model, tmp_path)
     fresh = block(seed=1)
     load_quantized_(fresh, tmp_path)
-    assert isinstance(fresh.first, QuantLinear)
+    assert [type(layer) for layer in fresh.children()] == [QuantLinear] * 3
     assert torch.equal(model(TEXT[0]), fresh(TEXT[0]))
+    save_quantized(fresh, tmp_path / "again")
+    assert (tmp_path / "again" / "quant.json").read_bytes() == (tmp_path / "quant.json").read_bytes()
+    other = twin(block(seed=2))  # nn.Linear of the same shapes takes them as well
+    load_quantized_(other, tmp_path)
+    assert torch.equal(model(TEXT[0]), other(TEXT[0]))
+
+
+def test_a_square_weight_is_loaded_the_way_it_was_stored(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, fresh = (nn.Sequential(Conv1D(32, 32)) for _ in range(2))
+    loftq_model(model, CONFIG)
+    save_quantized(model, tmp_path)
+    load_quantized_(fresh, tmp_path)
+    assert torch.equal(model(TEXT[0]), fresh(TEXT[0]))
+    with pytest.raises(QuantError, match=r"0 is a LayerNorm of shape \(\) in the model, but a stored linear"):
+        load_quantized_(nn.Sequential(nn.LayerNorm(32)), tmp_path)
 
 
 def test_a_mix_leaves_them_as_they_were() -> None:
