@@ -4,12 +4,14 @@ python examples/export_table.py            # all of them; half an hour on one co
 python examples/export_table.py gpt2 t5    # these
 
 A cell is the largest error of an output against torch over the largest output, with exact activations, at all sizes
-that the verification tries. *Uneven* is the model without half the units of each group of its last half, where a group
-may lose them; *packed* is NF4 in blocks of 16 with adapters of rank 2 on every matrix that `quant` packs.
+that the verification tries. *Uneven* is the model without half the heads and channels of its last layers, where these
+may lose them; *packed* is NF4 in blocks of 16, with adapters of rank 2 on linear layers and none on experts. – is a
+model that does not write.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -31,6 +33,7 @@ from graphprune.errors import GraphPruneError, ShrinkError
 from graphprune.export.verify import measure_onnx
 from graphprune.export.verify_encoder_decoder import measure_encoder_decoder
 from graphprune.export.verify_outputs import TOLERANCE, measure_outputs
+from graphprune.pipeline.stacks import find_stacks, pack_stack_
 
 CONFIG = quant.LoftQConfig(format="nf4", block_size=16, rank=2, iterations=1)
 FORMS = ("dense", "packed", "uneven", "uneven, packed")
@@ -49,11 +52,13 @@ def row(name: str, architecture: Architecture) -> str:
 def cell(architecture: Architecture, form: str, write: Callable[[Any, Architecture, Path], float]) -> str:
     """Return the error of one form, or why there is none."""
     try:
-        model = architecture.build()
+        model, inputs = architecture.build(), architecture.inputs()
+        if write is with_cache and not (hasattr(model, "can_generate") and model.can_generate()):
+            return "–"
         if "uneven" in form:
-            model = uneven(model, architecture.inputs())
+            model = uneven(model, inputs)
         if "packed" in form:
-            model = packed(model)
+            model = packed(model, inputs)
         with tempfile.TemporaryDirectory() as folder:
             return f"{write(model, architecture, Path(folder) / 'onnx'):.0e}"
     except (GraphPruneError, quant.QuantError) as error:
@@ -76,21 +81,24 @@ def uneven(model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
     raise problem
 
 
-def packed(model: nn.Module) -> nn.Module:
-    """Pack linear layers, Conv1D and stacks of experts, and give the adapters random values."""
+def packed(model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
+    """Pack linear layers and stacks of experts, and give the adapters random values."""
+    stacks = find_stacks(model, inputs)
     quant.loftq_model(model, CONFIG)
+    for stack in stacks:
+        pack_stack_(model, stack, CONFIG.format, CONFIG.block_size, CONFIG.scale_storage)
     randomized(nn.ParameterList(p for name, p in model.named_parameters() if "lora" in name), seed=1)
     return model.eval()
 
 
 def with_cache(model: Any, architecture: Architecture, folder: Path) -> float:
     """Write and verify a decoder, or an encoder and a decoder."""
-    ids = architecture.inputs()["input_ids"]
-    written = gp.export_onnx(model, folder)
-    if written == folder:
-        examples = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return measure_encoder_decoder(folder, model, examples, ids.tolist()).max_relative_error
-    return measure_onnx(written, model, ids.tolist()).max_relative_error
+    inputs = {name: value for name, value in architecture.inputs().items() if isinstance(value, torch.Tensor)}
+    texts = inputs.pop("decoder_input_ids", inputs.get("input_ids", torch.empty(0))).tolist()
+    if not model.config.is_encoder_decoder:
+        return measure_onnx(gp.export_onnx(model, folder), model, texts).max_relative_error
+    written = gp.export_onnx(model, folder, examples=inputs)
+    return measure_encoder_decoder(written, model, inputs, texts).max_relative_error
 
 
 def without_cache(model: Any, architecture: Architecture, folder: Path) -> float:
@@ -104,6 +112,7 @@ def main() -> None:
     """Print the table."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     print(HEADER)
     for name in sys.argv[1:] or list(ARCHITECTURES):

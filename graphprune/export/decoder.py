@@ -20,6 +20,8 @@ TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 PAST = "past_sequence_length"
 TOTAL = "total_sequence_length"
 
+_EXAMPLES = "write models that are no decoders from examples: export_onnx(model, folder, examples=inputs)"
+
 # Sizes of the example that is traced. None is 0 or 1, and no two are equal, so that none is taken for another.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 
@@ -98,10 +100,21 @@ def cache_layers(model: nn.Module) -> list[CacheLayer]:
     cache = DynamicCache()
     tokens = torch.zeros(1, 2, dtype=torch.long)
     with torch.no_grad():
-        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, use_cache=True)
+        try:
+            output = model(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        except Exception as error:  # whatever a forward raises that takes no such inputs
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ExportError(
+                f"the model does not run as a decoder with a cache: {reason}", _EXAMPLES
+            ) from error
     layers = filled_layers(cache, tokens=2)
-    if not layers:
-        raise ExportError("the model filled no DynamicCache", "export causal language models that take one")
+    if not layers or getattr(output, "past_key_values", None) is None:
+        raise ExportError(f"{type(model).__name__} gives no key-value cache back", _EXAMPLES)
     return layers
 
 

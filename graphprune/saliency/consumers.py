@@ -54,7 +54,7 @@ def consumers_of(groups: NodeGroups, gated: Iterable[NodeGroup]) -> tuple[Consum
     """Return all weights that read units of some groups.
 
     Raises:
-        TrainingError: If the units of a group are read by none, or by one that closing gates would not leave as it is.
+        TrainingError: If the units of a group are read by none, or closing their gates would not be removing them.
     """
     owners: dict[tuple[str, int], dict[str, Tensor]] = {}
     for group in gated:
@@ -62,6 +62,11 @@ def consumers_of(groups: NodeGroups, gated: Iterable[NodeGroup]) -> tuple[Consum
             raise TrainingError(
                 f"no operator consumes the units of '{group.name}', so they have no contribution to gate",
                 "leave this kind out of kinds (recipe: prune.kinds)",
+            )
+        if group.kind == "hidden":
+            raise TrainingError(
+                f"a norm counts the units of '{group.name}' whether what reads them is gated or not",
+                "leave hidden out of kinds (recipe: prune.kinds)",
             )
         for member in group.consumers:
             owner = torch.from_numpy(group.owner(member))

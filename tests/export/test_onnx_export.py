@@ -13,6 +13,7 @@ import pytest
 import torch
 from exported_models import LAYERS, RANK, VOCABULARY, Exported, tiny_llama, tiny_uneven_qwen2, windows
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM
 
 import quant
 from graphprune.errors import ExportError
@@ -257,5 +258,14 @@ def test_a_model_without_a_cache_is_refused(tmp_path: Path) -> None:
         def forward(self, input_ids: torch.Tensor, **rest: object) -> torch.Tensor:
             return self.layer(input_ids)
 
-    with pytest.raises(ExportError, match="filled no DynamicCache"):
+    with pytest.raises(ExportError, match=r"NoCache gives no key-value cache back\n.*examples=inputs"):
         export_onnx(NoCache(), tmp_path / "onnx")
+    with pytest.raises(ExportError, match=r"does not run as a decoder with a cache.*\n.*examples=inputs"):
+        export_onnx(nn.Linear(2, 2), tmp_path / "onnx")
+    encoder = BertForMaskedLM(
+        BertConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=9
+        )
+    )
+    with pytest.raises(ExportError, match="BertForMaskedLM gives no key-value cache back"):
+        export_onnx(encoder, tmp_path / "onnx")

@@ -131,7 +131,7 @@ def test_widths_that_a_class_has_no_setting_for_are_refused_before_anything_slow
         ("method: blocks", BudgetError, r"70.0% of the parameters cannot be removed by whole blocks"),
         ("saliency: cosine", TrainingError, "the adapters in .* move none of its weights"),
         ("budget: kv_bytes\n  kinds: [ffn]", BudgetError, "no group can lose a unit"),
-        ("kinds: [hidden]", TrainingError, "gates do not fit its axis"),
+        ("kinds: [hidden]", TrainingError, "a norm counts the units"),
     ],
 )
 def test_what_cannot_be_done_is_found_by_a_rehearsal(bench, session, settings, error, message):

@@ -118,20 +118,37 @@ def test_what_only_activations_tell_is_refused_for_experts():
         saliency_named("wanda")(evidence)
 
 
+class Tied(nn.Module):
+    """A table that is looked up, and in the head multiplied by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.relu(self.mix(self.table(ids))))
+
+
 def test_a_tied_head_is_gated_where_it_multiplies_not_where_rows_are_looked_up():
-    model = tiny_llama(seed=6)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    own = traced(model)
-    (name,) = own.of_kind("hidden")
-    gates = Gates(own.model, own.groups, [name])
-    assert "lm_head" in {consumer.module for consumer in gates.consumers}
-    seen = {}
-    model.lm_head.register_forward_hook(lambda module, given, out: seen.update(head=given[0].clone()))
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.arange(6).view(2, 3)
+    groups = gp.node_groups(gp.trace(model, {"ids": ids}))
+    (name,) = [name for name, group in groups.items() if group.prunable and group.size == 8]
+    gates = Gates(model, groups, [name])
+    assert {consumer.module for consumer in gates.consumers} == {"mix", "head"}
     with torch.no_grad():
-        gates.values[name][2] = 0
-    logits(model)
-    assert float(seen["head"][..., 2].abs().max()) == 0
-    assert float(seen["head"][..., 3].abs().max()) > 0
+        gates.values[name][[2, 5]] = 0
+        gated = model(ids)
+        gates.close()
+        small = gp.shrink(model, groups, {name: [2, 5]}, {"ids": ids})
+        torch.testing.assert_close(small(ids), gated, atol=1e-6, rtol=1e-5)
+
+
+def test_units_that_a_norm_counts_are_not_gated():
+    own = traced(tiny_llama(seed=6))
+    with pytest.raises(TrainingError, match="a norm counts the units"):
+        Gates(own.model, own.groups, own.of_kind("hidden"))
 
 
 class Functional(nn.Module):
