@@ -10,6 +10,7 @@ from onnxscript import optimizer
 from onnxscript.rewriter import onnx_fusions
 
 from graphprune.export.attention import fuse_attention
+from graphprune.export.rotary import spread_angles
 
 # Only shapes and other small things are folded: what is larger is data, and keeps its name.
 _LARGEST_FOLDED = 1024
@@ -21,6 +22,7 @@ def simplify(model: ir.Model) -> None:
         model, onnx_shape_inference=False, input_size_limit=_LARGEST_FOLDED, output_size_limit=_LARGEST_FOLDED
     )
     onnx_fusions.fuse(model)
+    spread_angles(model.graph)
     drop_idle_reshapes(model.graph)
     fuse_attention(model.graph)
     Sequential(

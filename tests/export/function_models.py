@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from exported_models import VOCABULARY, randomize, tiny_gpt2
+from exported_models import VOCABULARY, randomize, tiny_gpt2, tiny_llama
 from torch import nn
 from torch.nn import functional
 from transformers import (
@@ -73,6 +73,11 @@ def vision_transformer() -> tuple[nn.Module, Inputs]:
 
 def decoder_without_cache() -> tuple[nn.Module, Inputs]:
     return tiny_gpt2(), {"input_ids": tokens(2, 9)}
+
+
+def rotary_decoder_without_cache() -> tuple[nn.Module, Inputs]:
+    """Its positions are counted once for all texts of a batch."""
+    return tiny_llama(), {"input_ids": tokens(2, 9)}
 
 
 def encoder_decoder() -> tuple[nn.Module, Inputs]:
@@ -154,6 +159,7 @@ FUNCTIONS = {
         bert_with_all_states,
         vision_transformer,
         decoder_without_cache,
+        rotary_decoder_without_cache,
         encoder_decoder,
         perceptron,
         torch_encoder,
