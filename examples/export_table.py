@@ -68,8 +68,11 @@ def cell(architecture: Architecture, form: str, write: Callable[[Any, Architectu
 def uneven(model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
     """Remove half of the heads and channels of the last half of the groups that have some."""
     groups = gp.node_groups(gp.trace(model, inputs))
+    problem = ShrinkError("no heads, no channels and nothing else may go", "look at groups.prunable()")
     for kinds in (("attention_heads", "ffn"), ("ffn",), ("other",)):
         found = [group for group in groups.prunable() if group.kind in kinds]
+        if not found:
+            continue
         last = found[len(found) // 2 :]
         plan = gp.Plan(
             {group.name: range(min(group.size // 2, group.size - group.minimum)) for group in last}

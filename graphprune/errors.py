@@ -137,6 +137,10 @@ class RefusedWidthsError(ShrinkError):
     """The stock configuration can say the smaller model's widths, and refuses them."""
 
 
+class UndescribedWidthsError(ShrinkError):
+    """No setting of the stock configuration describes the smaller model."""
+
+
 class ShrinkWarning(UserWarning):
     """A model was shrunk as its traced graph, because its own code does not follow its smaller weights."""
 

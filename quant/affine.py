@@ -31,7 +31,12 @@ def affine_layout(module: nn.Module) -> Layout | None:
     """
     parameters = {name: held for name, held in module._parameters.items() if held is not None}
     weight = parameters.get("weight")
-    if weight is None or weight.dim() != 2 or not parameters.keys() <= {"weight", "bias"}:
+    if (
+        weight is None
+        or weight.dim() != 2
+        or not weight.numel()
+        or not parameters.keys() <= {"weight", "bias"}
+    ):
         return None
     if module._modules or module._buffers or isinstance(module, nn.Embedding):
         return None
@@ -49,43 +54,50 @@ def affine_layout(module: nn.Module) -> Layout | None:
     return None
 
 
-class TransposedLinear(nn.Linear):
-    """Stands for a layer that stores its weight (in, out)."""
+class StandIn(nn.Linear):
+    """An `nn.Linear` of the same numbers in the place of a layer that is none.
+
+    Attributes:
+        original: The layer.
+        transposed: Whether that stores its weight (in, out).
+    """
+
+    def __init__(self, original: nn.Module, weight: nn.Parameter, transposed: bool) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], device="meta", dtype=weight.dtype)
+        self.weight = weight
+        self.register_parameter("bias", original._parameters.get("bias"))
+        # Not a child of this module: what it holds is here already.
+        self.__dict__["original"] = original
+        self.transposed = transposed
+        self.train(original.training)
 
 
 @contextmanager
 def linearized(model: nn.Module, includes: Callable[[str], bool]) -> Iterator[None]:
     """Have an `nn.Linear` of the same numbers in the place of every such layer that is none, while the block runs.
 
-    What takes an `nn.Linear`'s place within the block stays.
+    What takes its place within the block stays.
 
     Args:
         model: Any module tree.
         includes: Which names count.
     """
-    swapped = []
+    turned: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
         layout = affine_layout(module) if name and includes(name) else None
         if layout is not None and type(module).forward is not nn.Linear.forward:
-            linear = _linear(module, layout)
-            swapped.append((module, linear))
-            replace_module_(model, module, linear)
+            weight = module.get_parameter("weight")
+            if layout == "in, out":
+                # A view, and one for all layers that share the weight.
+                view = nn.Parameter(weight.detach().T, weight.requires_grad)
+                weight = turned.setdefault(id(weight), view)
+            replace_module_(model, module, StandIn(module, weight, layout == "in, out"))
     try:
         yield
     finally:
-        for module, linear in swapped:
-            replace_module_(model, linear, module)
-
-
-def _linear(module: nn.Module, layout: Layout) -> nn.Linear:
-    weight = module.get_parameter("weight")
-    rows, columns = weight.shape if layout == "out, in" else reversed(weight.shape)
-    kind = nn.Linear if layout == "out, in" else TransposedLinear
-    linear = kind(columns, rows, device="meta", dtype=weight.dtype)
-    # Tied weights stay tied; a transposed one shares its numbers.
-    linear.weight = weight if layout == "out, in" else nn.Parameter(weight.detach().T, weight.requires_grad)
-    linear.register_parameter("bias", module._parameters.get("bias"))
-    return linear.train(module.training)
+        for module in list(model.modules()):
+            if isinstance(module, StandIn):
+                replace_module_(model, module, module.__dict__["original"])
 
 
 def _rows(width: int) -> list[tuple[int, ...]]:
@@ -104,8 +116,10 @@ def _computes(module: nn.Module, noise: dict[str, Tensor], matrix: Tensor, rows:
             module.train(training)
             try:
                 found: Any = functional_call(module, noise, (rows,))
-            except (RuntimeError, TypeError, ValueError, IndexError):
-                return False  # it takes no rows of this width: another layout, or another kind of layer
+            except (
+                Exception
+            ):  # whatever a stranger's forward raises: it takes no such rows, and is another layer
+                return False
             if not isinstance(found, Tensor) or not _near(found, wanted):
                 return False
     return True

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from quant.affine import TransposedLinear, linearized
+from quant.affine import StandIn, linearized
 from quant.blockwise import check_weight, quantize
 from quant.calibration import Batch, as_batches, collect_covariances, evaluation
 from quant.chain import find_chain
@@ -233,7 +233,7 @@ def _replace_(
                 lora_B,
                 config.scaling,
                 weight.dtype,
-                transposed=isinstance(layer, TransposedLinear),
+                transposed=isinstance(layer, StandIn) and layer.transposed,
             )
         )
         replace_module_(model, layer, new)

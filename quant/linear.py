@@ -30,7 +30,8 @@ class QuantLinear(PackedWeight):
         lora_B: (out_features, rank) or None; trainable. An `nn.Parameter` is used as it is.
         scaling: Factor of the adapters' product, above 0.
         dtype: The dtype of `weight`.
-        transposed: Whether the layer whose place this one takes stores its weight (in, out); `quant.json` says so.
+        transposed: Whether the layer whose place this one takes stores its weight (in, out), which `quant.json` says;
+            the `weight` of this one is (out, in) all the same.
 
     Attributes:
         in_features: Length of an input row.

@@ -1,8 +1,8 @@
 """Packed weights for any module: the parameter is dequantized when it is read, its module's code stays as it is.
 
-For weights that no `nn.Linear` or `nn.Embedding` holds: GPT-2's Conv1D, which stores (in, out), or the stacked
-experts of a mixture, (experts, out, in). `QuantLinear` is leaner where it fits: autograd keeps the dense weight of
-a parameter alive between forward and backward, as it would keep an unpacked one.
+For weights that no linear layer or embedding holds, such as the stacked experts of a mixture, (experts, out, in).
+`QuantLinear` is leaner where it fits: autograd keeps the dense weight of a parameter alive between forward and
+backward, as it would keep an unpacked one.
 """
 
 # ruff: noqa: N803 -- lora_A and lora_B are the names that the field uses

@@ -178,7 +178,7 @@ def find_slot(model: nn.Module, name: str, layer: StoredLayer) -> Slot:
 
 def _module_slot(model: nn.Module, name: str, layer: StoredLayer) -> Slot:
     old = dict(model.named_modules(remove_duplicate=False)).get(name)
-    if old is not None and layer.kind == "linear" and _holds_a_weight(old) and not layer.transposed:
+    if old is not None and layer.kind == "linear" and not layer.transposed and _multiplies_otherwise(old):
         # A checkpoint names matrices, not what reads them: this one is a parameter, such as Conv1D's.
         return replace(_parameter_slot(model, f"{name}.weight", layer), holder=old)
     if old is None or not (_kind_and_shape(old) == (layer.kind, layer.shape) or _is_transposed(old, layer)):
@@ -206,7 +206,12 @@ def _parameter_slot(model: nn.Module, name: str, layer: StoredLayer) -> Slot:
 
 
 def _holds_a_weight(module: nn.Module) -> bool:
-    return "weight" in module._parameters and not isinstance(module, (nn.Linear, nn.Embedding))
+    return module._parameters.get("weight") is not None
+
+
+def _multiplies_otherwise(module: nn.Module) -> bool:
+    plain = isinstance(module, (nn.Linear, nn.Embedding))
+    return not plain and _holds_a_weight(module) and affine_layout(module) != "out, in"
 
 
 def _is_transposed(module: nn.Module, layer: StoredLayer) -> bool:
@@ -220,7 +225,7 @@ def _kind_and_shape(module: nn.Module) -> tuple[str, tuple[int, ...]]:
     kind = "embedding" if isinstance(module, (QuantEmbedding, nn.Embedding)) else "linear"
     if isinstance(module, PackedWeight):
         return kind, module.shape
-    return kind, tuple(module.weight.shape) if isinstance(module, (nn.Linear, nn.Embedding)) else ()
+    return kind, tuple(module.get_parameter("weight").shape) if _holds_a_weight(module) else ()
 
 
 def _misfit(name: str, layer: StoredLayer, found: str, more: str = "") -> QuantError:

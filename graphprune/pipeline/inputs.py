@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from graphprune.coupling.kinds import Kind
 from graphprune.errors import RecipeError
+from graphprune.pipeline.stacks import stack_storage
 from graphprune.pipeline.stamps import LATER, section_digest, start_digest
 from graphprune.prune.costs import check_cost
 from graphprune.prune.methods.registry import method_named
@@ -153,11 +154,13 @@ def _check_bits(settings: Quantize) -> None:
         )
 
 
-def widest_format(settings: Quantize) -> str:
-    """Return the format of a mix that takes most bits within the budget."""
-    budget = settings.bits or 0.0
-    fitting = [(bits, name) for name in settings.mix_formats if (bits := _bits(settings, name)) <= budget]
-    return max(fitting)[1]
+def stack_format(settings: Quantize) -> str:
+    """Return the format of stacks: the recipe's, or of a mix the widest within the budget, else the narrowest."""
+    if settings.bits is None:
+        return settings.format
+    single = settings.model_copy(update={"scale_storage": stack_storage(settings.scale_storage)})
+    by_size = sorted((_bits(single, name), name) for name in settings.mix_formats)
+    return max([pair for pair in by_size if pair[0] <= settings.bits] or by_size[:1])[1]
 
 
 def _bits(settings: Quantize, name: str) -> float:

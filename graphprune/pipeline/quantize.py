@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from graphprune.errors import QuantizationError
 from graphprune.files import replacing
-from graphprune.pipeline.inputs import widest_format
+from graphprune.pipeline.inputs import stack_format
 from graphprune.pipeline.model_folder import save_adapter
 from graphprune.pipeline.session import Session
-from graphprune.pipeline.stacks import find_stacks, pack_stack_
+from graphprune.pipeline.stacks import check_stack, find_stacks, pack_stack_
 from graphprune.source.model import example_inputs
 from quant.apply import LayerReport, loftq_model
 from quant.config import LoftQConfig
@@ -53,6 +53,8 @@ def quantize_stage(session: Session) -> str:
     windows = session.inputs.train.drawn(count, session.recipe.seed)
     batches = [{"input_ids": ids, "labels": ids} for ids in windows.split(4)] if count else []
     with _as_ours():
+        for stack in stacks:
+            check_stack(model, stack, settings.block_size)
         if settings.bits is not None:
             few = batches[: _MIX_WINDOWS // 4]
             config = replace(config, formats=_mix(session, model, config, settings.bits, few))
@@ -65,8 +67,8 @@ def quantize_stage(session: Session) -> str:
                 on_layer=lambda name, done, total: tick(done, name, total),
             )
         for stack in stacks:
-            format = settings.format if settings.bits is None else widest_format(settings)
-            layers.append(pack_stack_(model, stack, format, settings.block_size, settings.scale_storage))
+            form = stack_format(settings)
+            layers.append(pack_stack_(model, stack, form, settings.block_size, settings.scale_storage))
     model.eval()
     with replacing(session.path("quant")) as temporary:
         save_quantized(model, temporary)
@@ -117,8 +119,8 @@ def _summary(model: nn.Module, layers: list[LayerReport]) -> str:
     adapted = [layer for layer in layers if _has_adapters(modules.get(layer.name))]
     stacks = Counter(layer.format for layer in layers if layer.name not in modules).most_common()
     formats = Counter(layer.format for layer in adapted).most_common()
-    plain = sum(layer.errors[0] for layer in adapted) / len(adapted)
-    best = sum(min(layer.errors) for layer in adapted) / len(adapted)
+    plain = sum(layer.errors[0] for layer in adapted) / max(1, len(adapted))
+    best = sum(min(layer.errors) for layer in adapted) / max(1, len(adapted))
     words = ", ".join(f"{count} layers in {name}" for name, count in formats)
     more = "".join(f", {count} stacks of matrices in {name}" for name, count in stacks)
     return f"{words}: error {plain:.3f} → {best:.3f}{more}"

@@ -50,6 +50,18 @@ def find_stacks(model: nn.Module, examples: Mapping[str, Any]) -> list[Stack]:
     return [Stack(name, transposed) for name, transposed in found if transposed is not None]
 
 
+def stack_storage(scale_storage: Storage) -> Storage:
+    """Return how a stack's scales are stored: they cannot be quantized twice, and stay float32 then."""
+    return "float32" if scale_storage == "double" else scale_storage
+
+
+def check_stack(model: nn.Module, stack: Stack, block_size: int) -> None:
+    """Raise QuantError if a stack cannot be packed."""
+    parameter = model.get_parameter(stack.name)
+    check_weight(parameter, stack.name)
+    check_stackable(parameter, block_size, "float32", stack.name)
+
+
 def pack_stack_(
     model: nn.Module, stack: Stack, format: str, block_size: int, scale_storage: Storage
 ) -> LayerReport:
@@ -60,17 +72,15 @@ def pack_stack_(
         stack: One of its stacks.
         format: Of the codes.
         block_size: Weights that share a scale.
-        scale_storage: Of the scales; those of a stack are not quantized twice, but stay float32.
+        scale_storage: Of the scales, as far as `stack_storage` allows.
 
     Raises:
         QuantError: If it cannot be packed.
     """
-    storage: Storage = "float32" if scale_storage == "double" else scale_storage
+    check_stack(model, stack, block_size)
     parameter = model.get_parameter(stack.name)
-    check_weight(parameter, stack.name)
-    check_stackable(parameter, block_size, storage, stack.name)
     weight = (parameter.detach().mT if stack.transposed else parameter.detach()).contiguous()
-    packed = quantize(weight, format, block_size, scale_storage=storage, name=stack.name)
+    packed = quantize(weight, format, block_size, scale_storage=stack_storage(scale_storage), name=stack.name)
     before = parameter.nbytes
     pack_parameter_(model, stack.name, packed, transposed=stack.transposed)
     return LayerReport(

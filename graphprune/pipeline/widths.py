@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graphprune.coupling.groups import NodeGroups
-from graphprune.errors import BudgetError, RefusedWidthsError, ShrinkError
+from graphprune.errors import BudgetError, RefusedWidthsError, ShrinkError, UndescribedWidthsError
 from graphprune.files import write_text
 from graphprune.pipeline.session import Session
 from graphprune.prune.budget import Budget, Width
@@ -92,7 +92,7 @@ def budget_that_opens(
         except ShrinkError as error:
             found = _refused_alone(session, budget, RefusedWidthsError)
             if not found and _may_leave_out(session, error):
-                found = _left_out(session, _refused_alone(session, budget, ShrinkError))
+                found = _left_out(session, _refused_alone(session, budget, UndescribedWidthsError))
             if not found:
                 raise
             refused |= found
@@ -141,7 +141,7 @@ def _may_leave_out(session: Session, error: ShrinkError) -> bool:
     """Whether kinds that the stock configuration has no setting for may stay whole: nobody asked for them by name."""
     settings = session.recipe.prune
     asked = "kinds" in settings.model_fields_set or settings.layout != "uniform"
-    return not asked and not isinstance(error, RefusedWidthsError)
+    return not asked and isinstance(error, UndescribedWidthsError)
 
 
 def _left_out(session: Session, widths: set[Width]) -> set[Width]:
@@ -177,7 +177,11 @@ def _without(session: Session, refused: set[Width], error: BudgetError) -> Budge
     if not refused:
         return error
     widths: dict[str, set[int]] = {}
-    sizes: dict[str, int] = {session.groups[name].kind: session.groups[name].size for name, _ in refused}
+    sizes: dict[str, int] = {}
+    for name in sorted({name for name, _ in refused}):
+        sizes[session.groups[name].kind] = max(
+            sizes.get(session.groups[name].kind, 0), session.groups[name].size
+        )
     for name, kept in refused:
         widths.setdefault(session.groups[name].kind, set()).add(kept)
     words = "; ".join(

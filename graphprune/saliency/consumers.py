@@ -73,34 +73,39 @@ def consumers_of(groups: NodeGroups, gated: Iterable[NodeGroup]) -> tuple[Consum
             owners.setdefault((member.parameter, member.axis), {})[group.name] = owner
     _check_norms(groups.graph, (parameter for parameter, _ in owners))
     products = _products(groups.graph)
-    producers = {
-        value.name: operator for operator in groups.graph.operators for value in operator.outputs if value
-    }
-    looked_up = {
-        value.name
-        for operator in groups.graph.operators
-        if operator.target.startswith(_LOOKUP)
-        for value in operator.inputs
-    }
-    found = []
-    for (parameter, axis), gates in owners.items():
-        if parameter not in products:
-            raise TrainingError(
-                f"no operator multiplies {parameter} with an activation, so its units cannot be gated",
-                "leave this kind out of kinds (recipe: prune.kinds)",
-            )
-        operator, activation, dim = products[parameter]
-        module = operator.module
-        given = _module_input(activation, module, producers)
-        if given is None and parameter in looked_up:
-            raise TrainingError(
-                f"{parameter} is looked up and multiplied by, and '{module}' works out what it is multiplied with, so "
-                "its units cannot be gated in one place alone",
-                "leave this kind out of kinds (recipe: prune.kinds)",
-            )
-        source = activation if given is None else given
-        found.append(Consumer(parameter, axis, module, source.name, None if given is None else dim, gates))
-    return tuple(found)
+    return tuple(
+        _consumer(parameter, axis, products.get(parameter, []), gates)
+        for (parameter, axis), gates in owners.items()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """Where a weight meets an activation.
+
+    Attributes:
+        module: Which module multiplies.
+        activation: Name of what the weight is multiplied with: of the module's input, if it is that.
+        dim: The dimension of the module's input that is contracted; None where the activation is none of it.
+    """
+
+    module: str
+    activation: str
+    dim: int | None
+
+
+def _consumer(parameter: str, axis: int, products: list[_Product], gates: Mapping[str, Tensor]) -> Consumer:
+    modules = {product.module for product in products}
+    within = any(product.dim is None for product in products)
+    if len(modules) != 1 or (within and len(products) > 1):
+        where = ", ".join(f"'{module}'" for module in sorted(modules)) or "none"
+        raise TrainingError(
+            f"{parameter} is multiplied with {len(products)} activations (in {where}), and its units are gated where "
+            "there is one, or at the input of one module",
+            "leave this kind out of kinds (recipe: prune.kinds)",
+        )
+    first = products[0]
+    return Consumer(parameter, axis, first.module, first.activation, first.dim, gates)
 
 
 def _check_norms(graph: OperatorGraph, parameters: Iterable[str]) -> None:
@@ -115,24 +120,33 @@ def _check_norms(graph: OperatorGraph, parameters: Iterable[str]) -> None:
             )
 
 
-def _products(graph: OperatorGraph) -> dict[str, tuple[Operator, Value, int]]:
-    """Return, for each weight, where it meets an activation, which one, and the dimension that is contracted.
+def _products(graph: OperatorGraph) -> dict[str, list[_Product]]:
+    """Return, for each weight, where it meets an activation; before that it may be cut, cast or laid out otherwise.
 
-    A weight may be transposed, cut or cast before that. An embedding's rows are activations themselves.
+    Rows that are looked up in a table are activations themselves. A table that is looked up and also multiplied by
+    within a forward of its own is left out: it could not be scaled in one place alone.
     """
-    origins = {name: frozenset({name}) for name in graph.weights}
-    found: dict[str, tuple[Operator, Value, int]] = {}
+    producers = {value.name: operator for operator in graph.operators for value in operator.outputs if value}
+    origins = {name: name for name in graph.weights}
+    found: dict[str, list[_Product]] = {}
+    looked_up: set[str] = set()
     for operator in graph.operators:
         weights = [origins[value.name] for value in operator.inputs if value.name in origins]
-        every = frozenset[str]().union(*weights)
-        others = [value for value in operator.inputs if value.name not in origins]
-        activations = [value for value in others if "int" not in value.dtype]
-        if activations:
+        others = [
+            value for value in operator.inputs if value.name not in origins and "int" not in value.dtype
+        ]
+        if operator.target.startswith(_LOOKUP):
+            looked_up.update(weights)
+        elif others:
             dim = 1 if operator.target.startswith("aten.conv") else -1
-            found.update({name: (operator, activations[0], dim) for name in every if name not in found})
-        elif every and not operator.target.startswith(_LOOKUP):
-            origins.update({value.name: every for value in operator.outputs if value})
-    return found
+            given = _module_input(others[0], operator.module, producers)
+            product = _Product(operator.module, (given or others[0]).name, None if given is None else dim)
+            for name in weights:
+                found.setdefault(name, []).append(product)
+        elif len(weights) == 1 and _name(operator) in _SAME_NUMBERS | _PARTS:
+            origins.update({value.name: weights[0] for value in operator.outputs if value})
+    lost = {name for name in looked_up if any(product.dim is None for product in found.get(name, []))}
+    return {name: products for name, products in found.items() if name not in lost}
 
 
 def _module_input(activation: Value, module: str, producers: Mapping[str, Operator]) -> Value | None:
@@ -142,23 +156,47 @@ def _module_input(activation: Value, module: str, producers: Mapping[str, Operat
         if operator is None or not f"{operator.module}.".startswith(f"{module}."):
             return activation
         before = operator.inputs[0] if len(operator.inputs) == 1 else None
-        if before is None or operator.target.split(".")[1] not in _SAME_NUMBERS:
-            return None
-        if before.shape[-1:] != activation.shape[-1:]:
+        if (
+            before is None
+            or _name(operator) not in _SAME_NUMBERS
+            or before.shape[-1:] != activation.shape[-1:]
+        ):
             return None
         activation = before
     return None
 
 
+def _name(operator: Operator) -> str:
+    return operator.target.split(".")[1]
+
+
 _LOOKUP = "aten.embedding"
-_SAME_NUMBERS = {
-    "view",
-    "reshape",
-    "_unsafe_view",
-    "to",
-    "_to_copy",
-    "contiguous",
-    "clone",
-    "flatten",
-    "unsqueeze",
-}
+_SAME_NUMBERS = frozenset(
+    (
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "to",
+        "_to_copy",
+        "contiguous",
+        "clone",
+        "flatten",
+        "unsqueeze",
+        "detach",
+    )
+)
+_PARTS = frozenset(
+    (
+        "t",
+        "transpose",
+        "permute",
+        "numpy_T",
+        "mT",
+        "select",
+        "slice",
+        "index",
+        "index_select",
+        "squeeze",
+        "expand",
+    )
+)

@@ -3,19 +3,22 @@
 A unit's contribution is what its consumers read: the activations that go into `down_proj` for a channel, into
 `o_proj` for a head. Scaling them scales the contribution linearly and leaves every weight alone, so that a gate of
 zero is the unit removed, a gate of one the model as it was, and the gradient with respect to the gate what the unit
-is worth. Works on a quantized base too. Where the activations are worked out within the module that owns the weight, as
-in the experts of a mixture, the weight is scaled instead while the module runs, which is the same product.
+is worth. Works on packed linear layers too. Where activations are worked out within the module that multiplies by the
+weight, as in the experts of a mixture, the weight is scaled instead while the module runs, which is the same product.
 """
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from graphprune.coupling.groups import NodeGroup, NodeGroups
 from graphprune.errors import TrainingError
@@ -47,22 +50,29 @@ class Gates:
         self.values = {
             name: nn.Parameter(torch.ones(group.size, device=device)) for name, group in self.groups.items()
         }
-        self.consumers = consumers_of(groups, self.groups.values())
+        self.consumers = tuple(
+            consumer if _takes_one(model.get_submodule(consumer.module)) else replace(consumer, dim=None)
+            for consumer in consumers_of(groups, self.groups.values())
+        )
         self.stand_ins: dict[str, StandIn] = {}
         self._open = False
         # Consumers of one activation (a layer and its adapter) share its gated form, which is made once a pass.
         self._made: dict[str, tuple[weakref.ref[Tensor], Tensor]] = {}
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
+        held: set[tuple[str, str]] = set()
         for consumer in self.consumers:
             module = model.get_submodule(consumer.module)
-            if consumer.dim is not None:
-                self._handles.append(module.register_forward_pre_hook(self._on_input(consumer, consumer.dim)))
-            else:
-                weight = _ScaledWeight(
-                    self, consumer, model.get_submodule(consumer.parameter.rpartition(".")[0])
-                )
+            if consumer.dim is None:
+                owner = model.get_submodule(consumer.parameter.rpartition(".")[0])
+                weight = _ScaledWeight(self, consumer, owner)
                 self._handles.append(module.register_forward_pre_hook(GateHook(weight.begin)))
                 self._handles.append(module.register_forward_hook(weight.end, always_call=True))
+            elif (
+                consumer.module,
+                consumer.source,
+            ) not in held:  # two weights of a module read one gated input
+                held.add((consumer.module, consumer.source))
+                self._handles.append(module.register_forward_pre_hook(self._on_input(consumer, consumer.dim)))
 
     def close(self) -> None:
         """Take the gates off the model."""
@@ -117,6 +127,11 @@ class Gates:
         def scale(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self._open:
                 return None
+            if not arguments:
+                raise TrainingError(
+                    f"'{consumer.module}' is called with keywords alone, and its input cannot be gated",
+                    "call it with its input first, or leave this kind out of kinds (recipe: prune.kinds)",
+                )
             source, *rest = arguments
             made = self._made.get(consumer.source)
             if made is None or made[0]() is not source:
@@ -141,6 +156,15 @@ class Gates:
             return source * factor + (1 - factor) * stand_in(source)
         gated: Tensor = _Scaled.apply(source, factor)
         return gated
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether a module is called with one activation; which of several its weight reads, a hook cannot tell."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return (
+        sum(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
+        == 1
+    )
 
 
 class _ScaledWeight:

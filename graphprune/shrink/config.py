@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graphprune.coupling.groups import NodeGroups
-from graphprune.errors import RefusedWidthsError, ShrinkError
+from graphprune.errors import RefusedWidthsError, ShrinkError, UndescribedWidthsError
 from graphprune.shrink.plan import Plan
 
 Change = tuple[str, int, int]
@@ -56,7 +56,7 @@ def fit_config(config: Any, model: nn.Module, groups: NodeGroups, plan: Plan) ->
             fitting = fitting or changed
     if fitting is not None:
         return _valid(fitting)
-    raise ShrinkError(
+    raise UndescribedWidthsError(
         f"no setting of {type(config).__name__} describes the smaller model",
         "prune the same number of units from every layer, or other kinds; any layout per layer is opened by "
         "graphprune.load (recipe: prune.layout)",
@@ -177,15 +177,14 @@ def _candidates(config: Any, resizings: set[tuple[int, int]]) -> list[Change]:
 def _useful(kind: Any, config: Any, wanted: Shapes, candidates: list[Change]) -> list[Change]:
     """Return the changes that may be part of the answer, those first that alone bring most weights to their shapes.
 
-    A change that alone adds or takes away weights is none: it is another number of layers, by chance the same number.
+    Last come those that alone add weights or take some away: mostly another number of layers, by chance the same.
     """
     ranked: list[tuple[int, Change]] = []
     for change in candidates:
         built = _built(kind, _changed(config, (change,)))
         found = {} if built is None else _shapes(built)
-        if built is None or found.keys() == wanted.keys():
-            right = sum(found.get(name) == shape for name, shape in wanted.items())
-            ranked.append((-right, change))
+        right = sum(found.get(name) == shape for name, shape in wanted.items())
+        ranked.append((-right if built is None or found.keys() == wanted.keys() else 1, change))
     return [change for _, change in sorted(ranked, key=lambda pair: pair[0])]
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from graphprune.errors import SourceError
+
 
 def attach_adapters(model: nn.Module, rank: int, alpha: int) -> Any:
     """Wrap a model so that every linear layer (Conv1D too) but the output head has a fresh LoRA adapter.
@@ -20,8 +22,13 @@ def attach_adapters(model: nn.Module, rank: int, alpha: int) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    names = _linear_names(model)
+    if not names:
+        raise SourceError(
+            f"{type(model).__name__} has no linear layer to attach adapters to", "choose another model"
+        )
     # By name: PEFT's own "all-linear" also wraps a mixture's routers and experts, in a way that nothing can trace.
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=_linear_names(model))
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
     return get_peft_model(model, config).eval()
 
 

@@ -61,7 +61,7 @@ class Operator:
         target: The operator's own name, such as ``aten.linear.default``.
         arguments: By schema name.
         outputs: One value for each tensor that it returns; None for what is not a tensor.
-        module: Qualified name of the module whose forward made the call, for messages only.
+        module: Qualified name of the module whose forward made the call; "" for the model's own.
         inputs: All tensors that it reads, in schema order, each as often as it is read.
     """
 

@@ -199,5 +199,133 @@ def test_a_table_that_is_looked_up_too_is_not_scaled_as_a_whole():
     model = LookedUp()
     groups = gp.node_groups(gp.trace(model, {"ids": ids}))
     (name,) = [name for name, group in groups.items() if group.size == 8 and group.prunable]
-    with pytest.raises(TrainingError, match=r"table.weight is looked up and multiplied by"):
+    with pytest.raises(TrainingError, match=r"table.weight is multiplied with 0 activations"):
         Gates(model, groups, [name])
+
+
+class Parts(nn.Module):
+    """A module within another, of the forward that a test wants."""
+
+    def __init__(self, forward, **weights: Tensor) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            self.register_parameter(name, nn.Parameter(weight))
+        self.computes = forward
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.computes(self, *inputs)
+
+
+class Around(nn.Module):
+    """Calls a part with twelve channels, of which the part's weight is to read all."""
+
+    def __init__(self, part: nn.Module, call) -> None:
+        super().__init__()
+        self.up, self.part, self.call = nn.Linear(8, 12), part, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.part, torch.relu(self.up(x)), x)
+
+
+def flattened(part, x):
+    return nn.functional.linear(x.flatten(-2), part.weight)
+
+
+def twice(part, x):
+    return nn.functional.linear(x, part.first) + nn.functional.linear(x, part.second)
+
+
+class Second(Parts):
+    """Reads its second input."""
+
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
+        return residual + nn.functional.linear(x, self.weight)
+
+
+PARTS = {
+    "input of another shape": (
+        lambda: Parts(flattened, weight=torch.randn(8, 12)),
+        lambda part, hidden, x: part(hidden.view(-1, 3, 4)),
+    ),
+    "two weights that read one input": (
+        lambda: Parts(twice, first=torch.randn(8, 12), second=torch.randn(8, 12)),
+        lambda part, hidden, x: part(hidden),
+    ),
+    "the second input": (
+        lambda: Second(None, weight=torch.randn(8, 12)),
+        lambda part, hidden, x: part(x, hidden),
+    ),
+    "one layer, called twice": (
+        lambda: nn.Linear(12, 8),
+        lambda part, hidden, x: part(hidden) + torch.relu(part(2 * hidden)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_closed_gate_is_the_unit_removed_however_a_weight_is_reached(kind):
+    torch.manual_seed(0)
+    build, call = PARTS[kind]
+    model, x = Around(build(), call), torch.randn(5, 8)
+    groups = gp.node_groups(gp.trace(model, {"x": x}))
+    names = [
+        name
+        for name, group in groups.items()
+        if any(m.parameter == "up.weight" and m.axis == 0 for m in group.members)
+    ]
+    gates = Gates(model, groups, names)
+    with torch.no_grad():
+        for name in names:
+            gates.values[name][1] = 0
+        gated = model(x)
+        gates.close()
+        for name in names:
+            for member in groups[name].consumers:
+                weight = model.get_parameter(member.parameter)
+                weight.index_fill_(member.axis, torch.from_numpy(groups[name].indices(member, 1)), 0)
+        torch.testing.assert_close(model(x), gated, atol=1e-5, rtol=1e-5)
+
+
+class Shared(nn.Module):
+    """Two layers of one weight, each with an input of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.other = nn.Linear(8, 12), nn.Linear(8, 12)
+        self.first, self.second = nn.Linear(12, 8, bias=False), nn.Linear(12, 8, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(torch.relu(self.up(x))) + torch.tanh(self.second(torch.relu(self.other(x))))
+
+
+def test_a_weight_that_two_modules_multiply_by_is_refused():
+    model, x = Shared(), torch.randn(5, 8)
+    groups = gp.node_groups(gp.trace(model, {"x": x}))
+    (name,) = [name for name, group in groups.items() if group.size == 12]
+    with pytest.raises(TrainingError, match=r"multiplied with 2 activations \(in 'first', 'second'\)"):
+        Gates(model, groups, [name])
+
+
+class Queries(nn.Module):
+    """Learned queries go through a layer before they meet an activation: the layer's input is no activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(3, 8))
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.queries)))[0]
+
+
+def test_a_weight_that_meets_no_activation_is_refused():
+    model, x = Queries(), torch.randn(5, 8)
+    groups = gp.node_groups(gp.trace(model, {"x": x}))
+    names = [
+        name
+        for name, group in groups.items()
+        if any(m.parameter == "up.weight" and m.axis == 0 for m in group.members)
+    ]
+    with pytest.raises(TrainingError, match=r"weight is multiplied with 0 activations"):
+        Gates(model, groups, names)
