@@ -13,6 +13,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
 from graphprune.errors import ExportError
+from graphprune.export.broadcast_heads import grouped_heads
 from graphprune.export.grouped_products import opaque_grouped_products
 from graphprune.export.halves import in_float32, widened
 from graphprune.export.stand_ins import replaced, stand_in
@@ -38,6 +39,7 @@ def trace_to_onnx(model: nn.Module, traceable: Traceable) -> ir.Model:
             warnings.catch_warnings(),
             _grouped_query_attention(),
             _layers_as_written(),
+            grouped_heads(),
             opaque_grouped_products(),
             traceable.context(),
             replaced(model, {name: module for name, module in stand_ins.items() if module is not None}),
@@ -57,7 +59,8 @@ def trace_to_onnx(model: nn.Module, traceable: Traceable) -> ir.Model:
             )
             _hold_numbers(program)
     except torch.onnx.OnnxExporterError as err:
-        reason = str(err.__cause__ or err).strip().split("\n")[0]
+        first, *more = str(err.__cause__ or err).strip().splitlines()
+        reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
         raise ExportError(
             f"the model could not be translated to ONNX opset {OPSET}: {reason}",
             f"{traceable.remedy}; the cause holds the full trace",
