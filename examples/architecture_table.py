@@ -7,9 +7,7 @@ python examples/architecture_table.py gpt2 t5    # these
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-import transformers
-from architectures import ARCHITECTURES, Architecture
+from architectures import Architecture
+from tables import print_table
 
 import graphprune as gp
 from graphprune.coupling.groups import NodeGroups
@@ -101,15 +99,5 @@ def exported(model: Any, groups: NodeGroups, inputs: dict[str, Any], path: Path)
     return None
 
 
-def main() -> None:
-    """Print the table."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    print(HEADER)
-    for name in sys.argv[1:] or list(ARCHITECTURES):
-        print(row(name, ARCHITECTURES[name]), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_table(HEADER, row)

@@ -11,11 +11,8 @@ model that does not write.
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-import transformers
-from architectures import ARCHITECTURES, Architecture, randomized
+from architectures import Architecture, randomized
+from tables import print_table
 from torch import nn
 
 import graphprune as gp
@@ -111,16 +108,5 @@ def without_cache(model: Any, architecture: Architecture, folder: Path) -> float
     return max(check.measured for check in checks if check.bound == TOLERANCE)
 
 
-def main() -> None:
-    """Print the table."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    print(HEADER)
-    for name in sys.argv[1:] or list(ARCHITECTURES):
-        print(row(name, ARCHITECTURES[name]), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_table(HEADER, row)

@@ -177,15 +177,15 @@ def _without(session: Session, refused: set[Width], error: BudgetError) -> Budge
     if not refused:
         return error
     widths: dict[str, set[int]] = {}
-    sizes: dict[str, int] = {}
-    for name in sorted({name for name, _ in refused}):
-        sizes[session.groups[name].kind] = max(
-            sizes.get(session.groups[name].kind, 0), session.groups[name].size
-        )
     for name, kept in refused:
         widths.setdefault(session.groups[name].kind, set()).add(kept)
+    whole = {
+        group.kind
+        for name, group in session.groups.items()
+        if all((name, kept) in refused for kept in range(group.size))
+    }
     words = "; ".join(
-        f"{kind}: {'all' if len(kept) >= sizes[kind] else ', '.join(map(str, sorted(kept)))}"
+        f"{kind}: {'all' if kind in whole else ', '.join(map(str, sorted(kept)))}"
         for kind, kept in sorted(widths.items())
     )
     return BudgetError(

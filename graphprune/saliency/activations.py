@@ -118,28 +118,28 @@ def _plain(evidence: Evidence, consumer: Consumer) -> EffectiveWeight:
 
 def _observed(evidence: Evidence, consumers: Iterable[Consumer]) -> dict[str, InputMoments]:
     """Return the moments of every activation that consumers read, by its name."""
-    by_source: dict[str, Consumer] = {}
+    by_source: dict[str, tuple[Consumer, int]] = {}
     for consumer in consumers:
-        by_source.setdefault(consumer.source, consumer)
         if consumer.dim is None:
             raise TrainingError(
-                f"what {consumer.parameter} reads cannot be observed: the module that owns it works it out within",
+                f"what {consumer.parameter} reads cannot be observed: '{consumer.module}' works it out within",
                 "score by gradients, such as fisher, or leave this kind out (recipe: prune.saliency, prune.kinds)",
             )
+        by_source.setdefault(consumer.source, (consumer, consumer.dim))
     moments: dict[str, InputMoments] = {}
 
-    def observe(consumer: Consumer, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        found = InputMoments.of(arguments[0].movedim(consumer.dim or 0, -1).flatten(0, -2))
+    def observe(consumer: Consumer, dim: int, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        found = InputMoments.of(arguments[0].movedim(dim, -1).flatten(0, -2))
         known = moments.get(consumer.source)
         moments[consumer.source] = found if known is None else known + found
 
     with _observing(evidence.model, by_source.values(), observe), torch.no_grad():
         for _ in losses(evidence):
             pass
-    for source, consumer in by_source.items():
+    for source, (consumer, _) in by_source.items():
         if source not in moments:
             raise TrainingError(
-                f"what {consumer.parameter} reads cannot be observed: the module that owns it is not called",
+                f"what {consumer.parameter} reads cannot be observed: '{consumer.module}' is not called",
                 "leave this kind out of kinds (recipe: prune.kinds)",
             )
     return moments
@@ -147,11 +147,11 @@ def _observed(evidence: Evidence, consumers: Iterable[Consumer]) -> dict[str, In
 
 @contextmanager
 def _observing(
-    model: nn.Module, consumers: Iterable[Consumer], observe: Callable[..., None]
+    model: nn.Module, consumers: Iterable[tuple[Consumer, int]], observe: Callable[..., None]
 ) -> Iterator[None]:
     handles = [
-        model.get_submodule(consumer.module).register_forward_pre_hook(partial(observe, consumer))
-        for consumer in consumers
+        model.get_submodule(consumer.module).register_forward_pre_hook(partial(observe, consumer, dim))
+        for consumer, dim in consumers
     ]
     try:
         yield

@@ -13,6 +13,37 @@ from graphprune.errors import TrainingError
 from graphprune.saliency.norms import normed_weights
 from graphprune.trace.graph import Operator, OperatorGraph, Value
 
+_LOOKUP = "aten.embedding"
+_SAME_NUMBERS = frozenset(
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "to",
+        "_to_copy",
+        "contiguous",
+        "clone",
+        "flatten",
+        "unsqueeze",
+        "detach",
+    ]
+)
+_PARTS = frozenset(
+    [
+        "t",
+        "transpose",
+        "permute",
+        "numpy_T",
+        "mT",
+        "select",
+        "slice",
+        "index",
+        "index_select",
+        "squeeze",
+        "expand",
+    ]
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
@@ -168,35 +199,3 @@ def _module_input(activation: Value, module: str, producers: Mapping[str, Operat
 
 def _name(operator: Operator) -> str:
     return operator.target.split(".")[1]
-
-
-_LOOKUP = "aten.embedding"
-_SAME_NUMBERS = frozenset(
-    (
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "to",
-        "_to_copy",
-        "contiguous",
-        "clone",
-        "flatten",
-        "unsqueeze",
-        "detach",
-    )
-)
-_PARTS = frozenset(
-    (
-        "t",
-        "transpose",
-        "permute",
-        "numpy_T",
-        "mT",
-        "select",
-        "slice",
-        "index",
-        "index_select",
-        "squeeze",
-        "expand",
-    )
-)
