@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from graphprune.errors import SourceError, VerificationError
 from graphprune.export.agreement import Agreement, measure_agreement
 from graphprune.export.check import raise_if_failed
-from graphprune.export.encoder_decoder import encoded, encoder_inputs
+from graphprune.export.encoder_decoder import encoded, encoder_inputs, has_halves
 from graphprune.export.encoder_decoder_runtime import DECODER_FILE, ENCODER_FILE, MASK, OnnxEncoderDecoder
 from graphprune.export.halves import in_float32, widened
 from graphprune.export.named_tensors import named_tensors
@@ -82,8 +82,13 @@ def measure_encoder_decoder(
         The numbers, be they within their bounds or not.
 
     Raises:
-        VerificationError: If a file is broken, or if there is nothing to compare.
+        VerificationError: If a file is broken, or if there is nothing to compare or no such model.
     """
+    if not has_halves(model, examples):
+        raise VerificationError(
+            f"a {type(model).__name__} with these examples is not written as an encoder and a decoder",
+            "give the model that the folder was written from, and inputs of its encoder alone",
+        )
     ids = _texts(folder, token_windows)
     checks, rounded = _compare_weights(folder, model)
     inputs = widened(encoder_inputs(model, examples))

@@ -67,10 +67,8 @@ class Gates:
                 weight = _ScaledWeight(self, consumer, owner)
                 self._handles.append(module.register_forward_pre_hook(GateHook(weight.begin)))
                 self._handles.append(module.register_forward_hook(weight.end, always_call=True))
-            elif (
-                consumer.module,
-                consumer.source,
-            ) not in held:  # two weights of a module read one gated input
+            elif (consumer.module, consumer.source) not in held:
+                # Two weights of a module may read one input, which is gated once.
                 held.add((consumer.module, consumer.source))
                 self._handles.append(module.register_forward_pre_hook(self._on_input(consumer, consumer.dim)))
 
@@ -160,11 +158,12 @@ class Gates:
 
 def _takes_one(module: nn.Module) -> bool:
     """Whether a module is called with one activation; which of several its weight reads, a hook cannot tell."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    return (
-        sum(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
-        == 1
-    )
+    given = [
+        parameter
+        for parameter in inspect.signature(module.forward).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return len(given) == 1
 
 
 class _ScaledWeight:

@@ -409,6 +409,11 @@ def test_what_cannot_be_compared_is_refused(pairs: Pairs, broken: Path) -> None:
     ids = {"input_ids": encoder_examples("T5")["input_ids"]}
     with pytest.raises(VerificationError, match="takes the inputs input_ids, attention_mask, the examples"):
         gp.verify_encoder_decoder(exported.path, exported.model, ids, texts(2, 9))
+    both = {**encoder_examples("T5"), "decoder_input_ids": ids["input_ids"]}
+    with pytest.raises(
+        VerificationError, match="with these examples is not written as an encoder and a decoder"
+    ):
+        gp.verify_encoder_decoder(exported.path, exported.model, both, texts(2, 9))
     shutil.copy(pairs["Bart"].path / "encoder.onnx", broken)
     shutil.copy(pairs["Bart"].path / "encoder.onnx.data", broken)
     (broken / "decoder.onnx").unlink()

@@ -184,6 +184,14 @@ def test_a_square_weight_is_loaded_the_way_it_was_stored(tmp_path: Path) -> None
         load_quantized_(nn.Sequential(nn.LayerNorm(32)), tmp_path)
 
 
+def test_layers_that_share_a_transposed_weight_share_its_codes() -> None:
+    model = nn.Sequential(Conv1D(32, 32), nn.ReLU(), Conv1D(32, 32))
+    model[2].weight = model[0].weight
+    loftq_model(model, CONFIG)
+    assert model[0].codes is model[2].codes
+    assert model[0].lora_A is model[2].lora_A
+
+
 def test_a_mix_leaves_them_as_they_were() -> None:
     model = block()
     layers = list(model.children())

@@ -212,8 +212,8 @@ class Parts(nn.Module):
             self.register_parameter(name, nn.Parameter(weight))
         self.computes = forward
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.computes(self, *inputs)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.computes(self, x)
 
 
 class Around(nn.Module):
@@ -263,7 +263,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_a_closed_gate_is_the_unit_removed_however_a_weight_is_reached(kind):
+def test_a_gate_scales_what_its_unit_contributes_however_a_weight_is_reached(kind):
     torch.manual_seed(0)
     build, call = PARTS[kind]
     model, x = Around(build(), call), torch.randn(5, 8)
@@ -276,13 +276,15 @@ def test_a_closed_gate_is_the_unit_removed_however_a_weight_is_reached(kind):
     gates = Gates(model, groups, names)
     with torch.no_grad():
         for name in names:
-            gates.values[name][1] = 0
+            gates.values[name][1] = 0.5
         gated = model(x)
         gates.close()
+        assert not torch.allclose(model(x), gated, atol=1e-3)
         for name in names:
             for member in groups[name].consumers:
                 weight = model.get_parameter(member.parameter)
-                weight.index_fill_(member.axis, torch.from_numpy(groups[name].indices(member, 1)), 0)
+                units = torch.from_numpy(groups[name].indices(member, 1))
+                weight.index_copy_(member.axis, units, weight.index_select(member.axis, units) * 0.5)
         torch.testing.assert_close(model(x), gated, atol=1e-5, rtol=1e-5)
 
 
@@ -304,6 +306,29 @@ def test_a_weight_that_two_modules_multiply_by_is_refused():
     groups = gp.node_groups(gp.trace(model, {"x": x}))
     (name,) = [name for name, group in groups.items() if group.size == 12]
     with pytest.raises(TrainingError, match=r"multiplied with 2 activations \(in 'first', 'second'\)"):
+        Gates(model, groups, [name])
+
+
+class Again(nn.Module):
+    """Multiplies two activations by one matrix within one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.other, self.weight = (
+            nn.Linear(8, 12),
+            nn.Linear(8, 12),
+            nn.Parameter(torch.randn(12, 8)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.up(x)) @ self.weight + torch.tanh(torch.relu(self.other(x)) @ self.weight)
+
+
+def test_a_weight_that_one_module_multiplies_by_twice_is_refused():
+    model, x = Again(), torch.randn(5, 8)
+    groups = gp.node_groups(gp.trace(model, {"x": x}))
+    (name,) = [name for name, group in groups.items() if group.size == 12]
+    with pytest.raises(TrainingError, match=r"weight is multiplied with 2 activations \(in ''\)"):
         Gates(model, groups, [name])
 
 
