@@ -213,6 +213,20 @@ def test_a_width_of_heads_that_the_class_divides_for_is_written_down(kinds):
         torch.testing.assert_close(again(**net.inputs).logits, small(**net.inputs).logits)
 
 
+def test_a_width_of_heads_that_no_buffer_confirms_is_not_written_down():
+    """Where buffers cannot tell two widths apart, weights of the right shapes do not prove one."""
+    config = Phi3Config(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2,
+        vocab_size=61, pad_token_id=0,
+    )  # fmt: skip
+    net = traced(Phi3ForCausalLM(config).eval())
+    plan = uniform(net, attention_heads=1)
+    small = shrink(net.model, net.groups, plan, net.inputs, form="module")
+    small.register_buffer("of_no_class", torch.zeros(3), persistent=False)
+    with pytest.raises(ShrinkError, match="no setting of Phi3Config"):
+        fit_config(config, small, net.groups, plan)
+
+
 def test_as_many_layers_as_heads_stay_layers():
     """Twelve numbers of a configuration are two here; only those of heads make the smaller model."""
     config = MixtralConfig(
