@@ -160,7 +160,9 @@ def _divided(factor: Tensor | None, divisor: float) -> Tensor | None:
 
 
 def _trainable(factor: Tensor | None) -> nn.Parameter | None:
-    return factor if factor is None or isinstance(factor, nn.Parameter) else nn.Parameter(factor)
+    if factor is None or isinstance(factor, nn.Parameter):
+        return factor
+    return nn.Parameter(factor.contiguous())  # of one layout, whether made here or loaded
 
 
 def _check_parts(

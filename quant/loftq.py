@@ -129,7 +129,10 @@ def loftq(
         if error < min(errors):
             best = quantized, lora_A, lora_B
         errors.append(error)
-    return LoftQResult(quantized=best[0], lora_A=best[1], lora_B=best[2], errors=errors)
+    # Row-major, as they are when read back from a file: products of other strides may round otherwise.
+    return LoftQResult(
+        quantized=best[0], lora_A=best[1].contiguous(), lora_B=best[2].contiguous(), errors=errors
+    )
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

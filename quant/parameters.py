@@ -247,7 +247,9 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def _trainable(factor: Tensor | None) -> nn.Parameter | None:
-    return factor if factor is None or isinstance(factor, nn.Parameter) else nn.Parameter(factor)
+    if factor is None or isinstance(factor, nn.Parameter):
+        return factor
+    return nn.Parameter(factor.contiguous())  # of one layout, whether made here or loaded
 
 
 def _check_factors(shape: tuple[int, ...], lora_A: Tensor | None, lora_B: Tensor | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant import QuantError, format_names, get_format, loftq, quantize
+from quant import QuantError, QuantLinear, format_names, get_format, loftq, quantize
 from quant.low_rank import low_rank
 
 
@@ -200,3 +200,17 @@ def test_zero_iterations_start_from_the_same_kind_of_a_whatever_the_weight() -> 
     large = loftq(torch.randn(48, 64) * 1e30, "nf4", 8, 0, 16)
     assert 1e-3 < float(large.lora_A.std()) < 1
     assert not large.lora_B.any()
+
+
+@pytest.mark.parametrize("shape", [(24, 80), (80, 24), (32, 32)])
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_factors_lie_as_they_would_when_read_from_a_file(shape, iterations, calibrated) -> None:
+    """Products of matrices of other strides round otherwise, so that a run gone on with would end elsewhere."""
+    weight, inputs = torch.randn(shape), torch.randn(200, shape[1])
+    covariance = inputs.T @ inputs / 200 if calibrated else None
+    found = loftq(weight, "nf4", 4, iterations, 16, covariance=covariance)
+    layer = QuantLinear.from_parts(found.quantized, None, found.lora_A, found.lora_B, scaling=2.0)
+    of_views = QuantLinear(found.quantized, None, torch.randn(shape[1], 4).T, torch.randn(4, shape[0]).T)
+    for factor in (found.lora_A, found.lora_B, *layer.parameters(), *of_views.parameters()):
+        assert factor.is_contiguous()
