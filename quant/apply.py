@@ -47,6 +47,11 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
 
+    @property
+    def error(self) -> float:
+        """Of what the layer holds now: the least of `errors`."""
+        return min(self.errors)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _SharedWeight:

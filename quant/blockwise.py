@@ -127,6 +127,8 @@ def check_weight(weight: Tensor, name: str = "the weight") -> None:
 
 
 def _check_kind(weight: Tensor, name: str) -> None:
+    if not isinstance(weight, Tensor):
+        raise QuantError(f"{name} is a {type(weight).__name__}", "pass a torch.Tensor")
     shape = tuple(weight.shape)
     if not weight.is_floating_point():
         raise QuantError(

@@ -40,6 +40,11 @@ class LoftQResult:
     lora_B: Tensor
     errors: list[float]
 
+    @property
+    def error(self) -> float:
+        """Of what is returned: the least of `errors`."""
+        return min(self.errors)
+
 
 def loftq(
     weight: Tensor,

@@ -36,11 +36,16 @@ def save_quantized(model: nn.Module, folder: Path | str) -> None:
         folder: Where `quant.safetensors` and `quant.json` go; created.
 
     Raises:
-        QuantError: The model has no packed layer.
+        QuantError: The model has no packed layer, or one on the meta device.
     """
     layers, tensors = _collect(model)
     if not layers:
         raise QuantError(f"this {type(model).__name__} has no packed layer", "call loftq_model first")
+    absent = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if absent:
+        raise QuantError(
+            f"{absent[0]} is on the meta device and has no data", "load the packed weights first"
+        )
     folder = Path(folder)
     save_file = import_safetensors().save_file
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +62,8 @@ def save_quantized(model: nn.Module, folder: Path | str) -> None:
 
 def load_quantized_(model: nn.Module, folder: Path | str) -> None:
     """Put the weights that `save_quantized` wrote into a model of the same shapes, in place.
+
+    What was not packed (norms, embeddings, a head) stays the model's own: load it from where the model came from.
 
     Args:
         model: A tree with `nn.Linear` and `nn.Embedding` layers (float, or on the meta device) or packed ones

@@ -56,6 +56,25 @@ def gaussian_formats() -> Table:
     return table
 
 
+def stored_shares(rank: int) -> Table:
+    """What a layer with adapters takes of its bytes in float16."""
+    shapes = [(576, 1536), (4096, 4096), (4096, 11008)]
+    table = Table(
+        "format",
+        "scales",
+        *(f"{rows} x {columns}" for rows, columns in shapes),
+        title=f"bytes over float16's, with float32 adapters of rank {rank}",
+    )
+    for format in ("nf4", "uint3", "uint2", "lloyd2"):
+        for storage in ("float32", "double"):
+            shares = []
+            for rows, columns in shapes:
+                packed = quant.quantize(torch.ones(rows, columns), format, scale_storage=storage)
+                shares.append((packed.nbytes + 4 * rank * (rows + columns)) / (2 * rows * columns))
+            table.add_row(format, storage, *(f"{share:.1%}" for share in shares))
+    return table
+
+
 def variants(covariance: Tensor | None) -> dict[str, dict[str, Any]]:
     """The ways to quantize that are compared, as arguments of `quant.loftq`."""
     ways: dict[str, dict[str, Any]] = {"QLoRA": {"iterations": 0}, "LoftQ": {"iterations": 5}}
@@ -126,7 +145,7 @@ def model_layers(folder: Path, windows: int, every: int) -> Iterable[tuple[str, 
 
 
 def main() -> None:
-    """Print the three tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="transformers folder; the demo model without it")
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens, to fit and to measure")
@@ -135,6 +154,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(width=120)
     console.print(gaussian_formats())
+    console.print(stored_shares(arguments.rank))
     title = f"rank {arguments.rank}, blocks of 64"
     console.print(
         layer_table(f"Gaussian 1024 x 1024, correlated inputs, {title}", gaussian_layers(), arguments.rank)

@@ -287,6 +287,23 @@ def test_doubly_quantized_scales_take_the_nearest_level(count: int, seed: int) -
         assert (error <= nearest + 1e-6).all()
 
 
+@pytest.mark.parametrize("format", ["uint2", "uint4", "uint8", "nf4"])
+def test_float16_scales_hold_offsets_and_blocks_near_zero(format: str) -> None:
+    """Beside scales of ordinary size such numbers may lose digits: the error is that of float32 scales."""
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight[5] *= 1e-5
+    weight[6] = torch.linspace(-0.03, 0.03, 64) + 1e-7
+    exact, stored = (quantize(weight, format, scale_storage=kind) for kind in ("float32", "float16"))
+    errors = [(weight - packed.dequantize()).norm() for packed in (exact, stored)]
+    assert errors[1] < errors[0] * 1.02
+    assert (weight - stored.dequantize())[5].abs().max() < 1e-6
+
+
+def test_what_is_no_tensor_is_refused() -> None:
+    with pytest.raises(QuantError, match="the weight is a list"):
+        quantize([1.0, 2.0])  # type: ignore[arg-type]
+
+
 def test_scales_that_float16_cannot_hold_are_refused() -> None:
     for size in (1e6, 1e-7):
         with pytest.raises(QuantError, match="float16"):

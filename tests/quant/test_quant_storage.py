@@ -208,6 +208,15 @@ def test_an_empty_folder_and_a_float_model_are_refused(tmp_path: Path) -> None:
         save_quantized(LanguageModel(), tmp_path)
 
 
+def test_a_packed_model_without_data_is_not_written_over_one_with(tmp_path: Path) -> None:
+    model, _ = loftq_model(LanguageModel(), LoftQConfig(rank=2))
+    save_quantized(model, tmp_path)
+    before = (tmp_path / "quant.safetensors").read_bytes()
+    with pytest.raises(QuantError, match="on the meta device and has no data"):
+        save_quantized(model.to("meta"), tmp_path)
+    assert (tmp_path / "quant.safetensors").read_bytes() == before
+
+
 class Mixture(nn.Module):
     """Weights that no layer holds: a matrix stored (in, out), shared by name, and two stacks of experts."""
 
