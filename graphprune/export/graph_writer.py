@@ -56,9 +56,8 @@ class GraphWriter:
         for index, piece in enumerate(added.outputs):
             piece.name = f"{label}.output.{index}"
             if x.shape is not None:
-                shape = list(x.shape)
-                shape[axis] = None
-                piece.shape = ir.Shape(shape)
+                cut = axis % len(x.shape)
+                piece.shape = ir.Shape([None if place == cut else size for place, size in enumerate(x.shape)])
         self._nodes.append(added)
         return list(added.outputs)
 
