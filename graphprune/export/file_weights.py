@@ -37,20 +37,43 @@ def file_weights(path: Path) -> Iterator[tuple[str, Array]]:
     """Yield the module's name and its dense weight (out, in) for each quantized operator of a file.
 
     A module whose weight is unpacked to float32 by standard operators is not yielded. The name is what stands before
-    the slash in the operator's own name.
+    the slash in the operator's own name; where its codes are joined of several, in the names of what these come from.
     """
     model = ir.load(path)
     for node in model.graph:
         read = _READERS.get(node.op_type)
         if read is not None and node.name is not None:
-            yield node.name.split("/")[0], read(node)
+            weight = read(node)
+            for name, rows, _ in _parts(node):
+                yield name, weight[rows]
+
+
+def _parts(node: ir.Node) -> Iterator[tuple[str, slice, ir.Value]]:
+    """Yield the name of each weight that an operator holds, its rows, and the value that is computed with them."""
+    join = node.inputs[1].producer() if node.op_type == "MatMulNBits" and node.inputs[1] is not None else None
+    if join is None or join.op_type != "Concat":
+        yield _name(node), slice(None), node.outputs[0]
+        return
+    (split,) = node.outputs[0].consumers()
+    sizes = constant(split.inputs[1])
+    for codes, size, end, output in zip(join.inputs, sizes, sizes.cumsum(), split.outputs, strict=True):
+        yield _name(None if codes is None else codes.producer()), slice(end - size, end), output
+
+
+def _name(node: ir.Node | None) -> str:
+    if node is None or node.name is None:
+        raise VerificationError("the file does not say whose a quantized weight is", "export the model again")
+    return node.name.split("/")[0]
 
 
 def _matmul_n_bits(node: ir.Node) -> Array:
-    rows, columns, bits, block = (_integer(node, name) for name in ("N", "K", "bits", "block_size"))
-    codes = _unpack_low_first(constant(node.inputs[1]).reshape(rows, -1), bits)
-    scales = constant(node.inputs[2]).reshape(rows, -1)
-    return _scale(codes, scales, bits, block)[:, :columns] + _of_block_sums(node.outputs[0], columns)
+    count, columns, bits, block = (_integer(node, name) for name in ("N", "K", "bits", "block_size"))
+    codes = _unpack_low_first(constant(node.inputs[1]).reshape(count, -1), bits)
+    scales = constant(node.inputs[2]).reshape(count, -1)
+    weight = _scale(codes, scales, bits, block)[:, :columns]
+    for _, rows, product in _parts(node):
+        weight[rows] += _of_block_sums(product, columns)
+    return weight
 
 
 def _gather_block_quantized(node: ir.Node) -> Array:

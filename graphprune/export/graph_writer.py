@@ -49,13 +49,15 @@ class GraphWriter:
         self._nodes.append(added)
         return added.outputs[0]
 
-    def split(self, x: ir.Value, sizes: ir.Value, count: int) -> list[ir.Value]:
-        """Cut (rows, columns) into `count` pieces of these numbers of rows, which may be 0."""
+    def split(self, x: ir.Value, sizes: ir.Value, count: int, *, axis: int = 0) -> list[ir.Value]:
+        """Cut an axis into `count` pieces of these sizes, which may be 0."""
         label = self._label("Split")
-        added = ir.node("Split", [x, sizes], {"axis": 0}, num_outputs=count, name=label)
+        added = ir.node("Split", [x, sizes], {"axis": axis}, num_outputs=count, name=label)
         for index, piece in enumerate(added.outputs):
             piece.name = f"{label}.output.{index}"
-            piece.shape = None if x.shape is None else ir.Shape([None, *x.shape[1:]])
+            if x.shape is not None:
+                cut = axis % len(x.shape)
+                piece.shape = ir.Shape([None if place == cut else size for place, size in enumerate(x.shape)])
         self._nodes.append(added)
         return list(added.outputs)
 
@@ -107,6 +109,17 @@ class GraphWriter:
         )
         if not output.is_graph_output():
             output.name = self._output_name()
+
+    def replace_each(self, old: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:
+        """Put the collected nodes in the place of the first of several, whose only outputs become `outputs`."""
+        ir.convenience.replace_nodes_and_values(
+            self._graph,
+            insertion_point=old[0],
+            old_nodes=old,
+            new_nodes=self._nodes,
+            old_values=[node.outputs[0] for node in old],
+            new_values=outputs,
+        )
 
     def _label(self, operator: str) -> str:
         """Return a node's name; a module that computes twice goes on counting."""

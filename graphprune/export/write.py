@@ -20,6 +20,7 @@ from graphprune.export.encoder_decoder_runtime import DECODER_FILE, ENCODER_FILE
 from graphprune.export.function import traceable_function
 from graphprune.export.graph_writer import MICROSOFT
 from graphprune.export.halves import HALVES
+from graphprune.export.joined_products import join_products
 from graphprune.export.layouts import Profile, check_profile
 from graphprune.export.modules import ModuleWriter
 from graphprune.export.simplify import forget_traces, name_ends, name_initializers, simplify
@@ -136,6 +137,7 @@ def _translated(
     if profile != "portable":
         fuse_skip_norms(onnx.graph)
     ModuleWriter(model, onnx.graph, profile=profile, exact=exact, adapters=adapters).write_all()
+    join_products(onnx.graph)
     _finish(onnx, traceable)
     _check_written(onnx.graph)
     return onnx
