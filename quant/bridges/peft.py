@@ -104,8 +104,8 @@ def loftq_peft_(
             the others get its leading components.
         covariances: By name of the layer in the base model, the mean of ``x^T x`` over its inputs:
             (in_features, in_features), or one for each expert of a stack. Layers without one get LoftQ as published.
-        packed: Whether the base is kept in packed form (`QuantLinear`, `PackedParameter`), not as dequantized
-            numbers. Adapters of such a base cannot be merged into it.
+        packed: Whether the base is kept in packed form (`QuantLinear`), not as dequantized numbers. Adapters of
+            such a base cannot be merged into it, and ``target_parameters`` are refused.
         scale_storage: As in `quant.loftq`.
         seed: As in `quant.loftq`.
         on_layer: Called after each layer with its name, how many are done, and how many there are.
