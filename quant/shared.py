@@ -47,6 +47,7 @@ def shared_weights(model: nn.Module, config: LoftQConfig) -> list[SharedWeight]:
     Raises:
         QuantError: There is none, or one cannot be quantized.
     """
+    _check_unwrapped(model)
     shared: dict[int, SharedWeight] = {}
     for name, module in model.named_modules():
         if name and isinstance(module, (nn.Linear, nn.Embedding)):
@@ -72,6 +73,17 @@ def _taken(group: SharedWeight, config: LoftQConfig) -> SharedWeight | None:
         return group if packed else None
     layers = {name: layer for name, layer in group.layers.items() if config.includes(name)}
     return SharedWeight(weight=group.weight, layers=layers) if layers else None
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    """Raise QuantError for layers that PEFT has wrapped: its factors are linear layers too, and would be packed."""
+    for name, module in model.named_modules():
+        # By name, so that a model without them needs no PEFT.
+        if any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__):
+            raise QuantError(
+                f"{name or 'the model'} is a layer of PEFT's with adapters of its own",
+                "call quant.bridges.peft.loftq_peft_, or pass the model before get_peft_model",
+            )
 
 
 def _check(group: SharedWeight) -> None:
