@@ -65,8 +65,16 @@ def paper_mix(layers: Sequence[str], bits: float, high: str | int = "nf4", low: 
         high: Format of the first ``layers * (bits - low) / (high - low)`` blocks.
         low: Format of the others.
 
+    Raises:
+        QuantError: The average is not between the two, or a single string is given for the blocks.
+
     Source: LoftQ (arXiv 2310.08659), table 5.
     """
+    if isinstance(layers, str):
+        raise QuantError(
+            f"layers is the single expression {layers!r}, not one for each block",
+            'pass them all in order, such as [rf"layers[.]{i}[.]" for i in range(32)]',
+        )
     most, least = get_format(high).bits, get_format(low).bits
     if not least <= bits <= most or most == least:
         raise QuantError(
@@ -110,6 +118,9 @@ def mix_for_budget(
     if not nbytes >= 0:
         raise QuantError(f"a budget of {nbytes} bytes", "pass a number of bytes")
     _, measured = _measured(model, config, formats, batches, loss, on_layer)
+    least = _smallest(measured)
+    if least > nbytes:
+        raise _too_small(f"{least} bytes", f"{nbytes}", config, "lower the rank")
     return _choose(measured, nbytes)
 
 
@@ -136,8 +147,12 @@ def mix_for_bits(
     linear = [group.weight.shape for group in groups if not group.embeds]
     adapters = sum(4 * config.rank * sum(shape) for shape in linear)
     embeddings = sum(measured[group.name][0].nbytes for group in groups if group.embeds)
-    weights = sum(shape.numel() for shape in linear)
-    return _choose(measured, int(bits * weights / 8) + adapters + embeddings)
+    weights, uncounted = sum(shape.numel() for shape in linear), adapters + embeddings
+    nbytes, least = int(bits * weights / 8) + uncounted, _smallest(measured)
+    if least > nbytes:
+        told = f"{8 * (least - uncounted) / weights:.5g} bits a weight with their scales"
+        raise _too_small(told, f"{bits:g}", config, "take larger blocks")
+    return _choose(measured, nbytes)
 
 
 def _measured(
@@ -219,14 +234,21 @@ def _saving(small: Choice, large: Choice) -> float:
     return (small.loss - large.loss) / (large.nbytes - small.nbytes)
 
 
+def _smallest(measured: Mapping[str, list[Choice]]) -> int:
+    return sum(choices[0].nbytes for choices in measured.values())
+
+
+def _too_small(least: str, budget: str, config: LoftQConfig, remedy: str) -> QuantError:
+    stored = "" if config.scale_storage == "double" else 'set scale_storage="double", '
+    return QuantError(
+        f"the smallest formats take {least}, the budget is {budget}",
+        f"raise the budget, {stored}{remedy}, or allow a smaller format",
+    )
+
+
 def _choose(measured: Mapping[str, list[Choice]], nbytes: int) -> Mix:
-    chosen = {name: choices[0] for name, choices in measured.items()}
-    used = sum(choice.nbytes for choice in chosen.values())
-    if used > nbytes:
-        raise QuantError(
-            f"the smallest formats take {used} bytes, the budget is {nbytes}",
-            "raise the budget, lower the rank, or allow a smaller format",
-        )
+    """Return the mix for a number of bytes that the smallest formats do not exceed."""
+    chosen, used = {name: choices[0] for name, choices in measured.items()}, _smallest(measured)
     steps = [
         (_saving(small, large), name, large)
         for name, choices in measured.items()

@@ -22,6 +22,7 @@ from quant import (
     mix_for_bits,
     mix_for_budget,
     paper_mix,
+    quantize,
 )
 from quant.mix import Choice, _choose, _worth_having
 
@@ -32,6 +33,8 @@ def test_the_papers_mixes_of_a_7b_model(bits: float, four_bit_blocks: int) -> No
     assert [format for _, format in formats] == ["nf4"] * four_bit_blocks + ["nf2"] * (32 - four_bit_blocks)
     with pytest.raises(QuantError, match="5 bits"):
         paper_mix(["a"], 5)
+    with pytest.raises(QuantError, match="single expression 'layers'"):
+        paper_mix("layers", 3)
 
 
 def test_patterns_decide_and_the_first_wins() -> None:
@@ -156,6 +159,29 @@ def test_the_mix_of_a_tied_model_is_applied_and_its_bytes_are_those_reported(
 def _table(model: nn.Module) -> str:
     tables = (name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
     return f"{next(tables)}.weight"
+
+
+def test_too_few_bits_are_told_in_bits_and_double_quantization_helps() -> None:
+    refused = "take 3 bits a weight with their scales, the budget is 2.6\n"
+    with pytest.raises(QuantError, match=re.escape(refused) + '.*set scale_storage="double"'):
+        mix_for_bits(wide(), LoftQConfig(rank=2, iterations=0), 2.6)
+    double = LoftQConfig(rank=2, iterations=0, scale_storage="double", embedding_format="int8")
+    assert mix_for_bits(wide(), double, 2.6).nbytes > 0
+    with pytest.raises(QuantError, match="the budget is 2\n") as caught:
+        mix_for_bits(wide(), double, 2)
+    taken = re.search(r"take ([\d.]+) bits a weight", caught.value.problem)
+    packed = quantize(wide()[0].weight, "uint2", scale_storage="double")
+    assert taken is not None
+    assert float(taken[1]) == pytest.approx(8 * packed.nbytes / wide()[0].weight.numel(), rel=1e-4)
+    assert "scale_storage" not in caught.value.remedy
+
+
+def wide() -> nn.Sequential:
+    """A linear layer, and a head that is tied to an embedding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Embedding(64, 256), nn.Linear(256, 64))
+    model[2].weight = model[1].weight
+    return model
 
 
 @settings(max_examples=100)
