@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from quant.affine import affine_layout
 from quant.blockwise import check_weight
 from quant.config import LoftQConfig
 from quant.errors import QuantError
+from quant.packed import PackedWeight
 from quant.row_scale import computes_more, row_scale
 
 
@@ -55,14 +57,30 @@ def shared_weights(model: nn.Module, config: LoftQConfig) -> list[SharedWeight]:
             shared.setdefault(id(weight), SharedWeight(weight=weight, layers={})).layers[name] = module
     groups = [taken for group in shared.values() if (taken := _taken(group, config)) is not None]
     if not groups:
-        raise QuantError(
-            f"no linear layer of this {type(model).__name__} is to be quantized",
-            "widen `include`, narrow `exclude`, set `embedding_format` for tied weights, wrap a model that is itself "
-            "a single nn.Linear, or call loftq_parameter_ for weights that no nn.Linear holds, such as Conv1D's",
-        )
+        raise _nothing_to_do(model, config)
     for group in groups:
         _check(group)
     return groups
+
+
+def _nothing_to_do(model: nn.Module, config: LoftQConfig) -> QuantError:
+    kind = type(model).__name__
+    if affine_layout(model) is not None:
+        return QuantError(
+            f"no linear layer lies below this {kind}, which is one itself and cannot be replaced in place",
+            "pass what holds it, such as nn.Sequential(layer)",
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight) and config.includes(name):
+            return QuantError(
+                f"no linear layer of this {kind} is left to quantize: {name or 'it'} is packed already",
+                "train it as it is, or load the float model again to quantize it otherwise",
+            )
+    return QuantError(
+        f"no linear layer of this {kind} is to be quantized",
+        "widen `include`, narrow `exclude`, set `embedding_format` for tied weights, or call loftq_parameter_ for "
+        "weights that no linear layer holds, such as stacked experts",
+    )
 
 
 def _taken(group: SharedWeight, config: LoftQConfig) -> SharedWeight | None:

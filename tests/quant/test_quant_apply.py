@@ -205,6 +205,39 @@ def test_nothing_to_do_is_an_error(model: nn.Module) -> None:
         loftq_model(model, LoftQConfig(include=("absent",)))
 
 
+class Transposed(nn.Module):
+    """A linear layer of another class, which stores (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 32))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(16, 16), Transposed()])
+def test_a_layer_on_its_own_is_told_what_to_pass(layer: nn.Module) -> None:
+    with pytest.raises(
+        QuantError, match=rf"this {type(layer).__name__}, which is one itself[^→]*→ .*Sequential"
+    ):
+        loftq_model(layer, CONFIG)
+    loftq_model(nn.Sequential(layer), CONFIG)
+
+
+def test_a_model_that_is_packed_already_is_told_apart_from_one_without_linear_layers() -> None:
+    model = LanguageModel()
+    loftq_model(model, CONFIG)
+    layers = list(model.modules())
+    with pytest.raises(QuantError, match=r"blocks\.0\.up is packed already"):
+        loftq_model(model, CONFIG)
+    with pytest.raises(QuantError, match="this QuantLinear is left to quantize: it is packed already"):
+        loftq_model(model.blocks[0].up, CONFIG)
+    with pytest.raises(QuantError, match=r"is to be quantized[^→]*→ widen `include`.* stacked experts$"):
+        loftq_model(model, LoftQConfig(include=("absent",)))
+    assert list(model.modules()) == layers
+
+
 @pytest.mark.parametrize(
     ("setting", "match"),
     [
