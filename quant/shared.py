@@ -111,3 +111,6 @@ def _check(group: SharedWeight) -> None:
             row_scale(layer, name)
         elif type(layer).forward is not nn.Linear.forward:
             raise computes_more(name, layer, nn.Linear)
+        elif layer.bias is not None:
+            # Kept as it is, but one that is not finite would spoil all that the layer puts out.
+            check_weight(layer.bias, f"{name}.bias")

@@ -173,11 +173,12 @@ def test_a_model_in_bfloat16_stays_one() -> None:
     assert model.blocks[0].up.lora_A.dtype == torch.float32
 
 
-def test_a_weight_that_cannot_be_quantized_is_named_and_nothing_is_changed() -> None:
+@pytest.mark.parametrize("name", ["blocks.1.down.weight", "blocks.1.up.bias"])
+def test_a_parameter_that_is_not_finite_is_named_and_nothing_is_changed(name: str) -> None:
     model = LanguageModel()
     with torch.no_grad():
-        model.blocks[1].down.weight[0, 0] = torch.nan
-    with pytest.raises(QuantError, match=r"blocks\.1\.down\.weight of.* nan"):
+        model.get_parameter(name).view(-1)[0] = torch.nan
+    with pytest.raises(QuantError, match=rf"{re.escape(name)} of.* nan"):
         loftq_model(model, CONFIG)
     assert packed_names(model) == []
 
