@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,18 +11,19 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from quant.affine import StandIn, linearized
-from quant.blockwise import check_weight, quantize
+from quant.blockwise import quantize
 from quant.calibration import Batch, as_batches, collect_covariances, evaluation
 from quant.chain import find_chain
-from quant.config import LoftQConfig
+from quant.config import LoftQConfig, check_formats
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.guidance import Loss, check_loss, token_importance
 from quant.linear import QuantLinear
 from quant.loftq import loftq, relative_error
 from quant.quantized import QuantizedTensor
-from quant.row_scale import computes_more, row_scale
+from quant.row_scale import row_scale
 from quant.sequential import quantize_chain
+from quant.shared import SharedWeight, shared_weights
 from quant.tree import replace_module_
 
 
@@ -51,22 +51,6 @@ class LayerReport:
     def error(self) -> float:
         """Of what the layer holds now: the least of `errors`."""
         return min(self.errors)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _SharedWeight:
-    """The layers to quantize that hold one and the same weight; mostly a single one."""
-
-    weight: Tensor
-    layers: dict[str, nn.Linear | nn.Embedding]
-
-    @property
-    def name(self) -> str:
-        return next(iter(self.layers))
-
-    @property
-    def embeds(self) -> bool:
-        return any(isinstance(layer, nn.Embedding) for layer in self.layers.values())
 
 
 def loftq_model(
@@ -113,19 +97,11 @@ def _loftq_linears(
     loss: Loss | None,
     on_layer: Callable[[str, int, int], None] | None,
 ) -> list[LayerReport]:
-    groups = _groups(model, config)
     check_loss(loss, batches)
     if config.compensated and batches is None:
         raise QuantError("compensated rounding without calibration batches", "pass `batches`")
-    if not groups:
-        raise QuantError(
-            f"no linear layer of this {type(model).__name__} is to be quantized",
-            "widen `include`, narrow `exclude`, set `embedding_format` for tied weights, wrap a model that is itself "
-            "a single nn.Linear, or call loftq_parameter_ for weights that no nn.Linear holds, such as Conv1D's",
-        )
-    for group in groups:
-        _check(group)
-    _check_formats(config, [name for group in groups for name in group.layers])
+    groups = shared_weights(model, config)
+    check_formats(config.formats, [name for group in groups for name in group.layers])
     total = sum(len(group.layers) for group in groups)
     reports: list[LayerReport] = []
     waiting = {group.name: group for group in groups}
@@ -150,7 +126,7 @@ def _calibrate(
     model: nn.Module,
     batches: list[Batch],
     loss: Loss | None,
-    groups: dict[str, _SharedWeight],
+    groups: dict[str, SharedWeight],
     config: LoftQConfig,
     compress: Callable[[str, Tensor, Tensor | None], None],
 ) -> dict[str, Tensor]:
@@ -180,49 +156,11 @@ def _calibrate(
     return covariances
 
 
-def _groups(model: nn.Module, config: LoftQConfig) -> list[_SharedWeight]:
-    """Return the layers to quantize, those that share a weight together, in the order of the model."""
-    shared: dict[int, _SharedWeight] = {}
-    for name, module in model.named_modules():
-        if name and isinstance(module, (nn.Linear, nn.Embedding)):
-            weight = module.weight
-            shared.setdefault(id(weight), _SharedWeight(weight=weight, layers={})).layers[name] = module
-    groups = []
-    for group in shared.values():
-        taken = {name: layer for name, layer in group.layers.items() if config.includes(name)}
-        if group.embeds:
-            tied = any(isinstance(layer, nn.Linear) for layer in group.layers.values())
-            if tied and config.embedding_format and not any(map(config.excludes, group.layers)):
-                groups.append(group)
-        elif taken:
-            groups.append(_SharedWeight(weight=group.weight, layers=taken))
-    return groups
-
-
-def _check_formats(config: LoftQConfig, names: list[str]) -> None:
-    """Raise QuantError for an expression that would give no layer its format, such as a misspelt one."""
-    for expression, format in config.formats:
-        if not any(re.search(expression, name) for name in names):
-            raise QuantError(
-                f"no layer to quantize has a name with {expression!r}, which was to be {format}",
-                f"write it as the names are, such as {names[0]}",
-            )
-
-
-def _check(group: _SharedWeight) -> None:
-    for name, layer in group.layers.items():
-        check_weight(layer.weight, f"{name}.weight")
-        if isinstance(layer, nn.Embedding):
-            row_scale(layer, name)
-        elif type(layer).forward is not nn.Linear.forward:
-            raise computes_more(name, layer, nn.Linear)
-
-
 def _replace_(
-    model: nn.Module, group: _SharedWeight, config: LoftQConfig, target: Tensor, covariance: Tensor | None
+    model: nn.Module, group: SharedWeight, config: LoftQConfig, target: Tensor, covariance: Tensor | None
 ) -> list[LayerReport]:
     weight = group.weight
-    quantized, lora_A, lora_B, errors = _compress(group, config, target, covariance)
+    quantized, lora_A, lora_B, errors = compress_weight(group, config, target, covariance)
     bytes_before = weight.nbytes
     bytes_after = quantized.nbytes + sum(factor.nbytes for factor in (lora_A, lora_B) if factor is not None)
     reports = []
@@ -257,10 +195,20 @@ def _replace_(
     return reports
 
 
-def _compress(
-    group: _SharedWeight, config: LoftQConfig, target: Tensor, covariance: Tensor | None
+def compress_weight(
+    group: SharedWeight, config: LoftQConfig, target: Tensor, covariance: Tensor | None
 ) -> tuple[QuantizedTensor, nn.Parameter | None, nn.Parameter | None, tuple[float, ...]]:
-    """Return the packed weight, the adapters A and B or None, and the errors on the way."""
+    """Compress one weight as `loftq_model` does.
+
+    Args:
+        group: The layers that hold it.
+        config: Its format, of linear layers or of embeddings, and rank.
+        target: The weight, of the shape of the group's.
+        covariance: Of the layers' inputs, as in `quant.loftq`; None for LoftQ as published.
+
+    Returns:
+        The packed weight; the adapters A and B, None for an embedding's; and the errors on the way.
+    """
     if group.embeds and config.embedding_format is not None:
         quantized = quantize(target, config.embedding_format, config.embedding_block_size)
         return quantized, None, None, (relative_error(target.float(), quantized.dequantize()),)

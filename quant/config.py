@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quant.codebooks import get_format
@@ -112,6 +112,21 @@ def check_iterations(iterations: int) -> None:
             f"{iterations!r} iterations are not possible",
             "choose 0 (QLoRA) or a whole number above, such as 5",
         )
+
+
+def check_formats(formats: Iterable[tuple[str, str | int]], names: Sequence[str]) -> None:
+    """Raise QuantError for an expression that would give no layer its format, such as a misspelt one.
+
+    Args:
+        formats: Pairs of a regular expression and a format.
+        names: Qualified names of the layers that are quantized, at least one.
+    """
+    for expression, format in formats:
+        if not any(re.search(expression, name) for name in names):
+            raise QuantError(
+                f"no layer to quantize has a name with {expression!r}, which was to be {format}",
+                f"write it as the names are, such as {names[0]}",
+            )
 
 
 def _pairs(formats: object) -> tuple[tuple[str, str | int], ...]:

@@ -10,13 +10,13 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from quant.affine import linearized
+from quant.apply import compress_weight
 from quant.calibration import Batch, as_batches, collect_covariances
 from quant.codebooks import get_format
 from quant.config import LoftQConfig
-from quant.covariance import InputNorm
 from quant.errors import QuantError
 from quant.guidance import Importance, Loss, check_loss, token_importance
-from quant.loftq import loftq
+from quant.shared import SharedWeight, shared_weights
 
 Formats = tuple[tuple[str, str | int], ...]
 
@@ -27,7 +27,7 @@ class Choice:
 
     Attributes:
         format: Name of the format.
-        nbytes: Codes, scales and adapters.
+        nbytes: Codes, scales and adapters; biases stay as they are and are not counted.
         loss: Squared relative error after LoftQ, times what the layer counts.
     """
 
@@ -41,8 +41,8 @@ class Mix:
     """The formats chosen, and what they were chosen by.
 
     Attributes:
-        chosen: By layer.
-        nbytes: Bytes of all layers in the formats chosen.
+        chosen: By layer; of layers that share a weight by the first.
+        nbytes: Bytes of all layers in the formats chosen: what `loftq_model` reports of them, but for biases.
         loss: Sum of the losses chosen.
     """
 
@@ -65,8 +65,16 @@ def paper_mix(layers: Sequence[str], bits: float, high: str | int = "nf4", low: 
         high: Format of the first ``layers * (bits - low) / (high - low)`` blocks.
         low: Format of the others.
 
+    Raises:
+        QuantError: The average is not between the two, or a single string is given for the blocks.
+
     Source: LoftQ (arXiv 2310.08659), table 5.
     """
+    if isinstance(layers, str):
+        raise QuantError(
+            f"layers is the single expression {layers!r}, not one for each block",
+            'pass them all in order, such as [rf"layers[.]{i}[.]" for i in range(32)]',
+        )
     most, least = get_format(high).bits, get_format(low).bits
     if not least <= bits <= most or most == least:
         raise QuantError(
@@ -88,7 +96,9 @@ def mix_for_budget(
 ) -> Mix:
     """Choose a format for each linear layer so that all fit into a number of bytes and lose the least.
 
-    Every layer is put through LoftQ in every format, and its squared relative error measured, that of its
+    Layers are those that `loftq_model` would pack: ones that share a weight take one format, and are counted once;
+    ones that share an embedding's take the `embedding_format`, or are left out without one. Every other
+    layer is put through LoftQ in every format, and its squared relative error measured, that of its
     outputs where there are calibration batches. It counts by the layer's share of the weights; with a loss, by
     how much the error would raise it, to second order. The layers then take, one step at a time, the wider format that
     saves the most error for its bytes: the best choice for the bytes it ends with, up to one layer.
@@ -96,7 +106,7 @@ def mix_for_budget(
     Args:
         model: Left as it is.
         config: Rank, iterations, block size and which layers; its formats are ignored.
-        nbytes: Budget for codes, scales and adapters of these layers, in float32 adapters.
+        nbytes: Budget for codes, scales and adapters of these layers, embeddings that are packed among them.
         formats: What a layer may take.
         batches: Calibration text as in `loftq_model`.
         loss: As in `loftq_model`.
@@ -105,65 +115,13 @@ def mix_for_budget(
     Raises:
         QuantError: No layer matches, or even the smallest formats do not fit.
     """
-    check_loss(loss, batches)
-    formats = [formats] if isinstance(formats, (str, int)) else formats
     if not nbytes >= 0:
         raise QuantError(f"a budget of {nbytes} bytes", "pass a number of bytes")
-    if not formats:
-        raise QuantError("there is no format to choose from", "give at least one in `formats`")
-    text = None if batches is None else as_batches(batches)
-    with linearized(model, config.includes):
-        layers = _linear_layers(model, config)
-        if not layers:
-            raise QuantError(
-                f"no linear layer of this {type(model).__name__} is to be mixed", "widen `include`"
-            )
-        return _choose(_measured(model, layers, config, formats, text, loss, on_layer), nbytes)
-
-
-def _linear_layers(model: nn.Module, config: LoftQConfig) -> dict[str, nn.Linear]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and config.includes(name)
-    }
-
-
-def _measured(
-    model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    config: LoftQConfig,
-    formats: Sequence[str | int],
-    text: list[Batch] | None,
-    loss: Loss | None,
-    on_layer: Callable[[str, int, int], None] | None,
-) -> dict[str, list[Choice]]:
-    """Return for each layer the choices that are worth having."""
-    importance = None if text is None or loss is None else token_importance(model, text, layers, loss)
-    calls = {name: found.calls for name, found in (importance or {}).items()}
-    covariances = {} if text is None else collect_covariances(model, text, layers, calls)
-    total = sum(layer.weight.numel() for layer in layers.values())
-    measured = {}
-    for done, (name, layer) in enumerate(layers.items(), start=1):
-        weight = layer.weight.detach()
-        if importance is None:
-            counts = weight.numel() / total
-        else:
-            counts = _loss_of_all(weight, covariances.get(name), importance.get(name))
-        choices = [
-            _measure(
-                name,
-                weight,
-                counts,
-                replace(config, format=format, formats=()),
-                covariances.get(name),
-            )
-            for format in formats
-        ]
-        measured[name] = _worth_having(choices)
-        if on_layer is not None:
-            on_layer(name, done, len(layers))
-    return measured
+    _, measured = _measured(model, config, formats, batches, loss, on_layer)
+    least = _smallest(measured)
+    if least > nbytes:
+        raise _too_small(f"{least} bytes", f"{nbytes}", config, "lower the rank")
+    return _choose(measured, nbytes)
 
 
 def mix_for_bits(
@@ -176,19 +134,59 @@ def mix_for_bits(
     loss: Loss | None = None,
     on_layer: Callable[[str, int, int], None] | None = None,
 ) -> Mix:
-    """Choose formats as `mix_for_budget` does, for so many bits a weight: codes and scales, adapters not counted.
+    """Choose formats as `mix_for_budget` does, for so many bits a weight of the linear layers: codes and scales.
+
+    Neither adapters nor what the `embedding_format` packs are counted.
 
     Raises:
         QuantError: No layer matches, or even the smallest formats take more.
     """
     if not bits > 0:
         raise QuantError(f"a budget of {bits} bits a weight", "pass a number above 0")
+    groups, measured = _measured(model, config, formats, batches, loss, on_layer)
+    linear = [group.weight.shape for group in groups if not group.embeds]
+    adapters = sum(4 * config.rank * sum(shape) for shape in linear)
+    embeddings = sum(measured[group.name][0].nbytes for group in groups if group.embeds)
+    weights, uncounted = sum(shape.numel() for shape in linear), adapters + embeddings
+    nbytes, least = int(bits * weights / 8) + uncounted, _smallest(measured)
+    if least > nbytes:
+        told = f"{8 * (least - uncounted) / weights:.5g} bits a weight with their scales"
+        raise _too_small(told, f"{bits:g}", config, "take larger blocks")
+    return _choose(measured, nbytes)
+
+
+def _measured(
+    model: nn.Module,
+    config: LoftQConfig,
+    formats: Sequence[str | int] | str | int,
+    batches: Iterable[Batch] | None,
+    loss: Loss | None,
+    on_layer: Callable[[str, int, int], None] | None,
+) -> tuple[list[SharedWeight], dict[str, list[Choice]]]:
+    """Return the weights that `loftq_model` would pack, and for each the choices that are worth having."""
+    check_loss(loss, batches)
+    formats = [formats] if isinstance(formats, (str, int)) else formats
+    if not formats:
+        raise QuantError("there is no format to choose from", "give at least one in `formats`")
+    text = None if batches is None else as_batches(batches)
+    measured = {}
     with linearized(model, config.includes):
-        shapes = [layer.weight.shape for layer in _linear_layers(model, config).values()]
-    weights = sum(shape.numel() for shape in shapes)
-    adapters = sum(4 * config.rank * sum(shape) for shape in shapes)
-    nbytes = int(bits * weights / 8) + adapters
-    return mix_for_budget(model, config, nbytes, formats, batches, loss=loss, on_layer=on_layer)
+        groups = shared_weights(model, config)
+        names = [group.name for group in groups if not group.embeds]
+        importance = None if text is None or loss is None else token_importance(model, text, names, loss)
+        calls = {name: found.calls for name, found in (importance or {}).items()}
+        covariances = {} if text is None else collect_covariances(model, text, names, calls)
+        total = sum(group.weight.numel() for group in groups)
+        for done, group in enumerate(groups, start=1):
+            name, covariance = group.name, covariances.get(group.name)
+            if importance is None:
+                counts = group.weight.numel() / total
+            else:
+                counts = _loss_of_all(group.weight.detach(), covariance, importance.get(name))
+            measured[name] = _choices(group, counts, config, formats, covariance)
+            if on_layer is not None:
+                on_layer(name, done, len(groups))
+    return groups, measured
 
 
 def _loss_of_all(weight: Tensor, covariance: Tensor | None, importance: Importance | None) -> float:
@@ -199,22 +197,24 @@ def _loss_of_all(weight: Tensor, covariance: Tensor | None, importance: Importan
     return importance.scale * rows * float(((weight @ covariance) * weight).sum())
 
 
-def _measure(
-    name: str, weight: Tensor, counts: float, config: LoftQConfig, covariance: Tensor | None
-) -> Choice:
-    result = loftq(
-        weight,
-        config.format_of(name),
-        config.rank,
-        config.iterations,
-        config.block_size,
-        covariance=None if covariance is None else InputNorm.of(covariance),
-        compensated=config.compensated if covariance is not None else False,
-        scale_storage=config.scale_storage,
-        name=name,
+def _choices(
+    group: SharedWeight,
+    counts: float,
+    config: LoftQConfig,
+    formats: Sequence[str | int],
+    covariance: Tensor | None,
+) -> list[Choice]:
+    """Return the choices of one weight that are worth having; an embedding has one, the configuration's."""
+    tried = formats[:1] if group.embeds else formats
+    return _worth_having(
+        _measure(group, counts, replace(config, format=format, formats=()), covariance) for format in tried
     )
-    nbytes = result.quantized.nbytes + result.lora_A.nbytes + result.lora_B.nbytes
-    return Choice(format=result.quantized.format, nbytes=nbytes, loss=counts * min(result.errors) ** 2)
+
+
+def _measure(group: SharedWeight, counts: float, config: LoftQConfig, covariance: Tensor | None) -> Choice:
+    quantized, *factors, errors = compress_weight(group, config, group.weight.detach(), covariance)
+    nbytes = quantized.nbytes + sum(factor.nbytes for factor in factors if factor is not None)
+    return Choice(format=quantized.format, nbytes=nbytes, loss=counts * min(errors) ** 2)
 
 
 def _worth_having(choices: Iterable[Choice]) -> list[Choice]:
@@ -234,14 +234,21 @@ def _saving(small: Choice, large: Choice) -> float:
     return (small.loss - large.loss) / (large.nbytes - small.nbytes)
 
 
+def _smallest(measured: Mapping[str, list[Choice]]) -> int:
+    return sum(choices[0].nbytes for choices in measured.values())
+
+
+def _too_small(least: str, budget: str, config: LoftQConfig, remedy: str) -> QuantError:
+    stored = "" if config.scale_storage == "double" else 'set scale_storage="double", '
+    return QuantError(
+        f"the smallest formats take {least}, the budget is {budget}",
+        f"raise the budget, {stored}{remedy}, or allow a smaller format",
+    )
+
+
 def _choose(measured: Mapping[str, list[Choice]], nbytes: int) -> Mix:
-    chosen = {name: choices[0] for name, choices in measured.items()}
-    used = sum(choice.nbytes for choice in chosen.values())
-    if used > nbytes:
-        raise QuantError(
-            f"the smallest formats take {used} bytes, the budget is {nbytes}",
-            "raise the budget, lower the rank, or allow a smaller format",
-        )
+    """Return the mix for a number of bytes that the smallest formats do not exceed."""
+    chosen, used = {name: choices[0] for name, choices in measured.items()}, _smallest(measured)
     steps = [
         (_saving(small, large), name, large)
         for name, choices in measured.items()

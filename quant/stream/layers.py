@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quant.apply import layer_seed
+from quant.config import check_formats
 from quant.errors import QuantError
 from quant.stream.config import StreamConfig
 from quant.stream.header import StoredTensor
@@ -44,13 +45,14 @@ def find_layers(tensors: Mapping[str, StoredTensor], config: StreamConfig) -> li
     """Return the linear layers of a checkpoint, sorted by name.
 
     Raises:
-        QuantError: There is none, or one is of a dtype that is not computed with.
+        QuantError: There is none, one is of a dtype that is not computed with, or a format is for none of them.
     """
     layers = [layer for key in sorted(tensors) for layer in _layers_of(key, tensors, config)]
     if not layers:
         raise QuantError(
             "no tensor of the checkpoint is taken as a linear layer", "widen include, narrow exclude"
         )
+    check_formats(config.formats, [layer.name for layer in layers])
     return layers
 
 

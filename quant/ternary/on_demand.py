@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from quant.errors import QuantError
 from quant.quantized import QuantizedTensor
+from quant.ternary.pickling import with_uint16, without_uint16
 from quant.ternary.tensor import TernaryTensor
 
 
@@ -46,6 +48,10 @@ class DecodedExperts:
         """Forget all experts of an owner."""
         for key in [key for key in self._kept if key[0] is owner]:
             self.nbytes -= self._kept.pop(key).nbytes
+
+    def __reduce__(self) -> tuple[type[DecodedExperts], tuple[int]]:
+        """Have a copy, and what comes out of a pickle, begin empty."""
+        return DecodedExperts, (self.most_bytes,)
 
 
 class PackedExperts(nn.Module):
@@ -95,15 +101,26 @@ class PackedExperts(nn.Module):
         """The dtype of decoded experts."""
         return self._dtype_mark.dtype
 
+    def __len__(self) -> int:
+        """Return how many experts there are."""
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the experts in turn, each decoded as it is reached."""
+        return (self[expert] for expert in range(len(self)))
+
     def __getitem__(self, expert: int | Tensor) -> Tensor:
         """Return one expert (rows, columns), or for several indices (n,) a stack of them; not to be written to."""
-        if isinstance(expert, Tensor) and expert.dim():
-            return torch.stack([self[int(one)] for one in expert])
-        index = int(expert)
-        if not 0 <= index < self.shape[0]:
+        if not _counts(expert):
             raise QuantError(
-                f"there is no expert {index} among {self.shape[0]}", "count from 0, from the front"
+                f"packed experts are asked for {expert!r}, which is no number of an expert",
+                "ask for one by its number, for several by a tensor of numbers, or for all by dequantize()",
             )
+        if isinstance(expert, Tensor) and expert.dim():
+            return torch.stack([self[one] for one in expert])
+        index = operator.index(expert)
+        if not 0 <= index < len(self):
+            raise QuantError(f"there is no expert {index} among {len(self)}", "count from 0, from the front")
         return self.decoded.get(self._owner, index, lambda: self._decode(index))
 
     def dequantize(self) -> Tensor:
@@ -125,6 +142,14 @@ class PackedExperts(nn.Module):
             f"packed experts have no {name!r}: this forward wants them in one tensor; let it read them one by "
             "one (transformers: experts_implementation='eager'), or pass it dequantize()"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state, ready for pickle."""
+        return {**self.__dict__, "_buffers": without_uint16(self._buffers)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the state that `__getstate__` returned."""
+        super().__setstate__({**state, "_buffers": with_uint16(state["_buffers"])})
 
     def _decode(self, expert: int) -> Tensor:
         # Evaluation may come first, and autograd refuses tensors made in inference mode.
@@ -169,6 +194,13 @@ def replace_parameter_(module: nn.Module, name: str, packed: PackedExperts) -> N
         )
     delattr(module, name)
     setattr(module, name, packed)
+
+
+def _counts(index: object) -> bool:
+    """Whether it is a number, or a tensor of numbers, and no slice or mask."""
+    if isinstance(index, Tensor):
+        return index.dtype != torch.bool and not index.is_floating_point()
+    return isinstance(index, SupportsIndex)
 
 
 def _rebuild(

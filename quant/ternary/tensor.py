@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from quant.errors import QuantError
 from quant.ternary.coding import decode, encode
 from quant.ternary.dictionary import FEWEST_ZEROS, MOST_ZEROS, best_longest, dictionary
 from quant.ternary.grid import ternary_values
+from quant.ternary.pickling import Bits16, with_uint16, without_uint16
 
 PART_NAMES = ("codes", "row_codes", "levels")
 
@@ -131,6 +133,10 @@ class TernaryTensor:
         found = {name: parts[name] for name in PART_NAMES}
         return cls(**found, shape=shape, zeros=zeros, longest=longest)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how pickle makes the tensor again."""
+        return _from_pickle, (without_uint16(self.parts()), self.shape, self.zeros, self.longest)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors alone, ready for a safetensors file; `from_state_dict` is the way back."""
         return {
@@ -184,6 +190,13 @@ def encode_ternary(
         zeros=zeros,
         longest=longest,
     )
+
+
+def _from_pickle(
+    parts: Mapping[str, Tensor | Bits16 | None], shape: tuple[int, ...], zeros: int, longest: int
+) -> TernaryTensor:
+    held = {name: part for name, part in with_uint16(parts).items() if part is not None}
+    return TernaryTensor.from_parts(held, shape=shape, zeros=zeros, longest=longest)
 
 
 def _count_dtype(columns: int) -> torch.dtype:

@@ -173,11 +173,12 @@ def test_a_model_in_bfloat16_stays_one() -> None:
     assert model.blocks[0].up.lora_A.dtype == torch.float32
 
 
-def test_a_weight_that_cannot_be_quantized_is_named_and_nothing_is_changed() -> None:
+@pytest.mark.parametrize("name", ["blocks.1.down.weight", "blocks.1.up.bias"])
+def test_a_parameter_that_is_not_finite_is_named_and_nothing_is_changed(name: str) -> None:
     model = LanguageModel()
     with torch.no_grad():
-        model.blocks[1].down.weight[0, 0] = torch.nan
-    with pytest.raises(QuantError, match=r"blocks\.1\.down\.weight of.* nan"):
+        model.get_parameter(name).view(-1)[0] = torch.nan
+    with pytest.raises(QuantError, match=rf"{re.escape(name)} of.* nan"):
         loftq_model(model, CONFIG)
     assert packed_names(model) == []
 
@@ -203,6 +204,39 @@ def test_a_subclass_that_computes_something_else_is_refused_and_a_plain_one_take
 def test_nothing_to_do_is_an_error(model: nn.Module) -> None:
     with pytest.raises(QuantError, match="no linear layer"):
         loftq_model(model, LoftQConfig(include=("absent",)))
+
+
+class Transposed(nn.Module):
+    """A linear layer of another class, which stores (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 32))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(16, 16), Transposed()])
+def test_a_layer_on_its_own_is_told_what_to_pass(layer: nn.Module) -> None:
+    with pytest.raises(
+        QuantError, match=rf"this {type(layer).__name__}, which is one itself[^→]*→ .*Sequential"
+    ):
+        loftq_model(layer, CONFIG)
+    loftq_model(nn.Sequential(layer), CONFIG)
+
+
+def test_a_model_that_is_packed_already_is_told_apart_from_one_without_linear_layers() -> None:
+    model = LanguageModel()
+    loftq_model(model, CONFIG)
+    layers = list(model.modules())
+    with pytest.raises(QuantError, match=r"blocks\.0\.up is packed already"):
+        loftq_model(model, CONFIG)
+    with pytest.raises(QuantError, match="this QuantLinear is left to quantize: it is packed already"):
+        loftq_model(model.blocks[0].up, CONFIG)
+    with pytest.raises(QuantError, match=r"is to be quantized[^→]*→ widen `include`.* stacked experts$"):
+        loftq_model(model, LoftQConfig(include=("absent",)))
+    assert list(model.modules()) == layers
 
 
 @pytest.mark.parametrize(

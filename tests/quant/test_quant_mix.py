@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from quant import LoftQConfig, QuantError, loftq, loftq_model, mix_for_bits, mix_for_budget, paper_mix
+from quant import (
+    LoftQConfig,
+    QuantError,
+    QuantLinear,
+    loftq,
+    loftq_model,
+    mix_for_bits,
+    mix_for_budget,
+    paper_mix,
+    quantize,
+)
 from quant.mix import Choice, _choose, _worth_having
 
 
@@ -21,6 +33,8 @@ def test_the_papers_mixes_of_a_7b_model(bits: float, four_bit_blocks: int) -> No
     assert [format for _, format in formats] == ["nf4"] * four_bit_blocks + ["nf2"] * (32 - four_bit_blocks)
     with pytest.raises(QuantError, match="5 bits"):
         paper_mix(["a"], 5)
+    with pytest.raises(QuantError, match="single expression 'layers'"):
+        paper_mix("layers", 3)
 
 
 def test_patterns_decide_and_the_first_wins() -> None:
@@ -83,8 +97,91 @@ def test_a_budget_that_is_too_small_says_what_it_takes() -> None:
     least = mix_for_budget(tree(), config, 10**6, formats=["uint2"]).nbytes
     with pytest.raises(QuantError, match=re.escape(f"take {least} bytes, the budget is 100")):
         mix_for_budget(tree(), config, 100)
-    with pytest.raises(QuantError, match="to be mixed"):
+    with pytest.raises(QuantError, match="no linear layer"):
         mix_for_budget(tree(), LoftQConfig(include=("absent",)), 100)
+
+
+class Tied(nn.Module):
+    """A head of the embedding's weight, two layers of one weight, and a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(50, 64)
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.alone = nn.Linear(64, 64, bias=False)
+        self.head = nn.Linear(64, 50, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.alone(self.second(self.first(self.embedding(tokens)))))
+
+
+def tied_llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("build", [Tied, tied_llama])
+@pytest.mark.parametrize("embedding_format", [None, "int8"])
+@pytest.mark.parametrize("batches", [None, [torch.arange(40).view(4, 10)]])
+def test_the_mix_of_a_tied_model_is_applied_and_its_bytes_are_those_reported(
+    build: Callable[[], nn.Module], embedding_format: str | None, batches: list[Tensor] | None
+) -> None:
+    model = build()
+    config = LoftQConfig(rank=2, iterations=1, embedding_format=embedding_format)
+    linear = {
+        id(module.weight): module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.weight is not model.get_parameter(_table(model))
+    }
+    mix = mix_for_bits(model, config, 3.6, batches=batches)
+    _, reports = loftq_model(model, replace(config, formats=mix.formats), batches)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    biases = sum(layer.bias.nbytes for layer in packed.values() if layer.bias is not None)
+    assert sum(report.bytes_after for report in reports) == mix.nbytes + biases
+    assert mix.nbytes == sum(choice.nbytes for choice in mix.chosen.values())
+    formats = {report.name: report.format for report in reports}
+    assert {name: formats[name] for name in mix.chosen} == {n: c.format for n, c in mix.chosen.items()}
+    # Neither the table nor the head that shares it takes from the bits of the linear layers.
+    stored = {layer.codes.data_ptr(): layer.quantized.nbytes for layer in packed.values() if layer.rank}
+    bits = 8 * sum(stored.values()) / sum(weight.numel() for weight in linear.values())
+    assert len(stored) == len(linear)
+    assert 3 < bits <= 3.6
+
+
+def _table(model: nn.Module) -> str:
+    tables = (name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    return f"{next(tables)}.weight"
+
+
+def test_too_few_bits_are_told_in_bits_and_double_quantization_helps() -> None:
+    refused = "take 3 bits a weight with their scales, the budget is 2.6\n"
+    with pytest.raises(QuantError, match=re.escape(refused) + '.*set scale_storage="double"'):
+        mix_for_bits(wide(), LoftQConfig(rank=2, iterations=0), 2.6)
+    double = LoftQConfig(rank=2, iterations=0, scale_storage="double", embedding_format="int8")
+    assert mix_for_bits(wide(), double, 2.6).nbytes > 0
+    with pytest.raises(QuantError, match="the budget is 2\n") as caught:
+        mix_for_bits(wide(), double, 2)
+    taken = re.search(r"take ([\d.]+) bits a weight", caught.value.problem)
+    packed = quantize(wide()[0].weight, "uint2", scale_storage="double")
+    assert taken is not None
+    assert float(taken[1]) == pytest.approx(8 * packed.nbytes / wide()[0].weight.numel(), rel=1e-4)
+    assert "scale_storage" not in caught.value.remedy
+
+
+def wide() -> nn.Sequential:
+    """A linear layer, and a head that is tied to an embedding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Embedding(64, 256), nn.Linear(256, 64))
+    model[2].weight = model[1].weight
+    return model
 
 
 @settings(max_examples=100)

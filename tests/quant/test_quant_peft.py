@@ -20,6 +20,8 @@ from quant import (
     get_format,
     loftq_model,
     loftq_parameter_,
+    mix_for_bits,
+    mix_for_budget,
     quantize,
 )
 from quant.bridges.peft import loftq_peft_
@@ -557,3 +559,21 @@ def test_damaged_adapters_are_refused(tmp_path: Path, file: str) -> None:
     with pytest.raises(QuantError, match="damaged file"):
         load_peft_adapters_(model, tmp_path)
     assert torch.equal(logits(model), wanted)
+
+
+def test_a_peft_model_is_for_the_bridge_alone() -> None:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    layers = list(model.modules())
+    config = LoftQConfig(rank=2, iterations=1)
+    for call in (
+        lambda: loftq_model(model, config),
+        lambda: loftq_model(model, LoftQConfig(exclude=("lora_",))),
+        lambda: mix_for_bits(model, config, 8),
+        lambda: mix_for_budget(model, config, 10**9),
+    ):
+        with pytest.raises(
+            QuantError, match=r"q_proj is a layer of PEFT's[^→]*→ .*bridges\.peft\.loftq_peft_"
+        ):
+            call()
+    assert list(model.modules()) == layers
+    loftq_model(model.unload(), config)

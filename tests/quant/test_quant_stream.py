@@ -414,6 +414,10 @@ def test_a_weight_that_is_not_finite_is_named_and_an_earlier_result_left_alone(t
 def test_what_cannot_be_quantized_is_refused_before_anything_is_written(tmp_path: Path, source: Path) -> None:
     with pytest.raises(QuantError, match="no tensor of the checkpoint"):
         loftq_checkpoint(source, tmp_path / "out", replace(CONFIG, include=("absent",)))
+    with pytest.raises(
+        QuantError, match="no layer to quantize has a name with 'dwn_proj', which was to be 2"
+    ):
+        loftq_checkpoint(source, tmp_path / "out", replace(CONFIG, formats=(("dwn_proj", 2),)))
     with pytest.raises(QuantError, match="source and output at once"):
         loftq_checkpoint(source, source, CONFIG)
     with pytest.raises(QuantError, match="process 2 of 2"):

@@ -6,6 +6,7 @@ import copy
 import heapq
 import itertools
 import math
+import pickle  # noqa: TID251 -- a user may pass a model to another process; no file of ours is written so
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -630,6 +631,44 @@ def test_a_copy_keeps_its_own_experts() -> None:
     twin.up.load_state_dict(twin.up.state_dict())
     assert not twin.up[0].any()
     assert torch.equal(packed.up[0], dense.up[0])
+
+
+def test_experts_are_counted_and_iterated_as_a_parameters_are() -> None:
+    packed, dense = packed_mixture()
+    assert len(packed.up) == len(dense.up) == 6
+    assert [torch.equal(one, other) for one, other in zip(packed.up, dense.up, strict=True)] == [True] * 6
+    for index in (torch.tensor(4), np.int64(4), torch.tensor([[1, 4], [0, 4]])):
+        assert torch.equal(packed.up[index], dense.up[index])
+
+
+@pytest.mark.parametrize("index", [slice(1, 3), (1, 2), None, 1.0, torch.ones(6) > 0, torch.tensor(1.5)])
+def test_what_is_no_number_of_an_expert_is_refused(index: Any) -> None:
+    packed, _ = packed_mixture()
+    with pytest.raises(QuantError, match="is no number of an expert"):
+        packed.up[index]
+
+
+def test_packed_experts_are_pickled_with_their_bits_and_without_what_was_decoded() -> None:
+    decoded = DecodedExperts(1 << 20)
+    packed, dense = packed_mixture(decoded)
+    packed.up[0]
+    packed.half()
+    packed.up[1]
+    assert decoded.nbytes
+    written = pickle.dumps(packed)
+    again = pickle.loads(written)  # noqa: S301 -- written above
+    state = packed.state_dict()
+    assert state["up.codes"].dtype == torch.uint16
+    for name, held in again.state_dict().items():
+        assert held.dtype == state[name].dtype
+        assert torch.equal(held, state[name])
+    assert torch.equal(again.up[2], dense.up[2].half())
+    assert again.up.decoded.most_bytes == decoded.most_bytes
+    assert again.up.decoded.nbytes == again.up[2].nbytes
+    # The one that is left goes on as it was.
+    assert torch.equal(packed.up[2], dense.up[2].half())
+    tensor = pickle.loads(pickle.dumps(packed.up.quantized))  # noqa: S301 -- as above
+    assert torch.equal(tensor.dequantize(), dense.up)
 
 
 @pytest.mark.parametrize("columns", [32, 31], ids=["whole blocks", "blocks cross experts"])
