@@ -149,7 +149,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="transformers folder; the demo model without it")
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens, to fit and to measure")
-    parser.add_argument("--every", type=int, default=1, help="take each n-th layer: all of them take hours")
+    parser.add_argument(
+        "--every", type=int, default=1, help="take each n-th layer; no multiple of the layers of a block"
+    )
     parser.add_argument("--rank", type=int, default=16)
     arguments = parser.parse_args()
     console = Console(width=120)
