@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -95,9 +96,10 @@ def _taken(group: SharedWeight, config: LoftQConfig) -> SharedWeight | None:
 
 def _check_unwrapped(model: nn.Module) -> None:
     """Raise QuantError for layers that PEFT has wrapped: its factors are linear layers too, and would be packed."""
+    # Whoever has wrapped a layer has imported PEFT; nobody else needs to.
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
     for name, module in model.named_modules():
-        # By name, so that a model without them needs no PEFT.
-        if any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__):
+        if tuners is not None and isinstance(module, tuners.BaseTunerLayer):
             raise QuantError(
                 f"{name or 'the model'} is a layer of PEFT's with adapters of its own",
                 "call quant.bridges.peft.loftq_peft_, or pass the model before get_peft_model",

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from quant import QuantError, QuantLinear, format_names, get_format, loftq, quantize
 from quant.low_rank import low_rank
+from quant.parameters import PackedParameter
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -212,5 +213,7 @@ def test_factors_lie_as_they_would_when_read_from_a_file(shape, iterations, cali
     found = loftq(weight, "nf4", 4, iterations, 16, covariance=covariance)
     layer = QuantLinear.from_parts(found.quantized, None, found.lora_A, found.lora_B, scaling=2.0)
     of_views = QuantLinear(found.quantized, None, torch.randn(shape[1], 4).T, torch.randn(4, shape[0]).T)
-    for factor in (found.lora_A, found.lora_B, *layer.parameters(), *of_views.parameters()):
+    parameter = PackedParameter(found.quantized, of_views.lora_A.detach().T.contiguous().T, found.lora_B)
+    layers = (layer, of_views, parameter)
+    for factor in (found.lora_A, found.lora_B, *(factor for each in layers for factor in each.parameters())):
         assert factor.is_contiguous()
