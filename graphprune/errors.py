@@ -21,9 +21,13 @@ class GraphPruneError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, remedy: str) -> None:
-        super().__init__(f"{problem}\n  → {remedy}")
+        # An error is made again from its arguments where another process raised it.
+        super().__init__(problem, remedy)
         self.problem = problem
         self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}\n  → {self.remedy}"
 
 
 class RecipeError(GraphPruneError, ValueError):
@@ -130,6 +134,7 @@ class OperatorShrinkError(ShrinkError):
 
     def __init__(self, operator: str, problem: str, remedy: str) -> None:
         super().__init__(problem, remedy)
+        self.args = operator, problem, remedy
         self.operator = operator
 
 

@@ -12,6 +12,10 @@ class QuantError(ValueError):
     """
 
     def __init__(self, problem: str, remedy: str) -> None:
-        super().__init__(f"{problem}\n  → {remedy}")
+        # An error is made again from its arguments where another process raised it.
+        super().__init__(problem, remedy)
         self.problem = problem
         self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}\n  → {self.remedy}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from quant.errors import QuantError
+from quant.format_mark import check_mark, mark_of
 from quant.quantized import QuantizedTensor
 
 
@@ -91,8 +92,18 @@ class PackedWeight(nn.Module):
         self._cache = None
         return self
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def get_extra_state(self) -> Tensor:
+        """Return what a state dict holds beside the parts: the format's name."""
+        return mark_of(self.format)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take nothing over: the format is the layer's own, and has been compared."""
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: object, **kwargs: object
+    ) -> None:
+        check_mark(state_dict, prefix, self.format)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._cache = None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.files import import_safetensors, replace_file, sha256
+from quant.format_mark import KEY as FORMAT_KEY
 from quant.linear import QuantLinear
 from quant.parameters import PackedParameter
 from quant.quantized import PART_NAMES
@@ -142,7 +143,8 @@ def _collect(model: nn.Module) -> tuple[dict[str, StoredLayer], dict[str, Tensor
         owner = owners.setdefault(id(packed.get_buffer("codes")), name)
         layers[name] = describe(packed, None if owner == name else owner)
         for key, tensor in packed.state_dict(keep_vars=True).items():
-            if id(tensor) not in held:
+            # The index says the format.
+            if key != FORMAT_KEY and id(tensor) not in held:
                 held.add(id(tensor))
                 tensors[f"{name}.{key}"] = tensor.detach().contiguous()
     return layers, tensors

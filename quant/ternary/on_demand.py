@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import QuantError
+from quant.format_mark import check_mark, mark_of
 from quant.quantized import QuantizedTensor
 from quant.ternary.pickling import with_uint16, without_uint16
 from quant.ternary.tensor import TernaryTensor
@@ -84,6 +85,7 @@ class PackedExperts(nn.Module):
         self.shape = quantized.shape
         self.decoded = DecodedExperts(0) if decoded is None else decoded
         self._rebuild = _rebuild(quantized)
+        self._format = _format_of(quantized)
         self.part_names = tuple(quantized.parts())
         for name, part in quantized.parts().items():
             self.register_buffer(name, part)
@@ -169,8 +171,18 @@ class PackedExperts(nn.Module):
         self.decoded.drop(self._owner)
         return self
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def get_extra_state(self) -> Tensor:
+        """Return what a state dict holds beside the parts: by which format and dictionary they are read."""
+        return mark_of(self._format)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take nothing over: the format is the stack's own, and has been compared."""
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: object, **kwargs: object
+    ) -> None:
+        check_mark(state_dict, prefix, self._format)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.decoded.drop(self._owner)
 
 
@@ -201,6 +213,12 @@ def _counts(index: object) -> bool:
     if isinstance(index, Tensor):
         return index.dtype != torch.bool and not index.is_floating_point()
     return isinstance(index, SupportsIndex)
+
+
+def _format_of(quantized: TernaryTensor | QuantizedTensor) -> str:
+    if isinstance(quantized, TernaryTensor):
+        return f"ternary (zeros {quantized.zeros}, longest {quantized.longest})"
+    return quantized.format
 
 
 def _rebuild(

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
@@ -236,8 +237,18 @@ def test_the_state_goes_into_another_layer_bit_for_bit() -> None:
         for tensor in (*other.parameters(), *other.buffers()):
             tensor.zero_()
     other.load_state_dict(copy.deepcopy(layer.state_dict()))
-    assert set(layer.state_dict()) == {"codes", "absmax", "bias", "lora_A", "lora_B"}
+    assert set(layer.state_dict()) == {"codes", "absmax", "bias", "lora_A", "lora_B", "_extra_state"}
     assert torch.equal(layer(drawn(3, 40)), other(drawn(3, 40)))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("nf4", "int4"), ("int4", "fp4"), ("nf2", "int2")])
+def test_the_state_of_another_format_of_as_many_bits_is_refused(ours: str, theirs: str, tmp_path) -> None:
+    layer, other = nn.Sequential(make(ours)), nn.Sequential(make(theirs))
+    before = copy.deepcopy(layer.state_dict())
+    save_file(other.state_dict(), tmp_path / "state.safetensors")
+    with pytest.raises(QuantError, match=f"^the state of 0 is of format {theirs}, and the layer is {ours}"):
+        layer.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
 def test_a_layer_goes_through_torch_export() -> None:

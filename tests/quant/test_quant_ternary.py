@@ -680,6 +680,17 @@ def test_two_bit_experts_are_served_too(columns: int) -> None:
         assert torch.equal(packed[expert], result.quantized.dequantize()[expert])
 
 
+def test_the_state_of_other_dictionaries_is_refused() -> None:
+    packed, _ = packed_mixture()
+    ours = packed.up.quantized
+    other = PackedExperts(TernaryTensor(**ours.parts(), shape=ours.shape, zeros=999, longest=ours.longest))
+    with pytest.raises(
+        QuantError, match=rf"format ternary \(zeros {ours.zeros}, .* the layer is .*zeros 999"
+    ):
+        other.load_state_dict(packed.up.state_dict())
+    packed.up.load_state_dict(packed.up.state_dict())
+
+
 def test_a_forward_that_wants_one_tensor_is_told_what_to_do() -> None:
     packed, _ = packed_mixture()
     with pytest.raises(AttributeError, match="read them one by one"):
