@@ -84,6 +84,7 @@ CASES = (
     Case("ShortGPT", kind="blocks"),
     Case("Fisher, repaired", {"method": "one_shot", "saliency": "fisher"}),
     Case("Wanda, repaired", {"method": "one_shot", "saliency": "wanda"}),
+    Case("LLM Surgeon's scores, repaired", {"method": "one_shot", "saliency": "surgeon"}),
     Case("FLAP's scores, repaired", {"method": "one_shot", "saliency": "flap"}),
     Case("Fisher, repaired, per layer", {"method": "one_shot", "saliency": "fisher", "layout": "per_layer"}),
     Case("LoRAPrune", {"method": "loraprune", "repair": "none", "training": {"distill": 0.0}}),

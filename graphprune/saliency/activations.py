@@ -88,27 +88,48 @@ class ConsumedWeight:
         return sum((elements(chunk.effective).sum(0) for chunk in self.weight.chunks()), torch.zeros(()))
 
 
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A weight in effect that reads gated units, and where; its low-rank factors are no readers of their own.
+
+    Attributes:
+        consumer: The weight as gates see it.
+        weight: Its numbers.
+        places: Where gated groups have units along its input.
+    """
+
+    consumer: Consumer
+    weight: EffectiveWeight
+    places: tuple[Place, ...]
+
+
+def readers(evidence: Evidence) -> list[Reader]:
+    """Return all weights that read gated units."""
+    adapted = effective_weights(evidence.model, evidence.groups)
+    factors = {term.down for weight in adapted.values() for term in weight.terms}
+    return [
+        Reader(
+            consumer,
+            adapted.get(consumer.parameter) or _plain(evidence, consumer),
+            tuple(
+                Place(name, evidence.gates.groups[name].size, True, owner)
+                for name, owner in consumer.owners.items()
+            ),
+        )
+        for consumer in evidence.gates.consumers
+        if consumer.parameter not in factors
+    ]
+
+
 def consumed_weights(evidence: Evidence) -> list[ConsumedWeight]:
     """Run the calibration batches once, and return all weights that read gated units.
 
     Raises:
         TrainingError: If the input of one cannot be observed, there is no batch, or the loss is not finite.
     """
-    adapted = effective_weights(evidence.model, evidence.groups)
-    factors = {term.down for weight in adapted.values() for term in weight.terms}
-    consumers = [consumer for consumer in evidence.gates.consumers if consumer.parameter not in factors]
-    moments = _observed(evidence, consumers)
-    return [
-        ConsumedWeight(
-            adapted.get(consumer.parameter) or _plain(evidence, consumer),
-            tuple(
-                Place(name, evidence.gates.groups[name].size, True, owner)
-                for name, owner in consumer.owners.items()
-            ),
-            moments[consumer.source],
-        )
-        for consumer in consumers
-    ]
+    found = readers(evidence)
+    moments = _observed(evidence, [reader.consumer for reader in found])
+    return [ConsumedWeight(reader.weight, reader.places, moments[reader.consumer.source]) for reader in found]
 
 
 def _plain(evidence: Evidence, consumer: Consumer) -> EffectiveWeight:
@@ -120,12 +141,7 @@ def _observed(evidence: Evidence, consumers: Iterable[Consumer]) -> dict[str, In
     """Return the moments of every activation that consumers read, by its name."""
     by_source: dict[str, tuple[Consumer, int]] = {}
     for consumer in consumers:
-        if consumer.dim is None:
-            raise TrainingError(
-                f"what {consumer.parameter} reads cannot be observed: '{consumer.module}' works it out within",
-                "score by gradients, such as fisher, or leave this kind out (recipe: prune.saliency, prune.kinds)",
-            )
-        by_source.setdefault(consumer.source, (consumer, consumer.dim))
+        by_source.setdefault(consumer.source, (consumer, observable_dim(consumer)))
     moments: dict[str, InputMoments] = {}
 
     def observe(consumer: Consumer, dim: int, module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -138,11 +154,30 @@ def _observed(evidence: Evidence, consumers: Iterable[Consumer]) -> dict[str, In
             pass
     for source, (consumer, _) in by_source.items():
         if source not in moments:
-            raise TrainingError(
-                f"what {consumer.parameter} reads cannot be observed: '{consumer.module}' is not called",
-                "leave this kind out of kinds (recipe: prune.kinds)",
-            )
+            raise not_called(consumer)
     return moments
+
+
+def observable_dim(consumer: Consumer) -> int:
+    """Return which dimension of its module's input a weight contracts.
+
+    Raises:
+        TrainingError: If its module works out within what the weight reads.
+    """
+    if consumer.dim is None:
+        raise TrainingError(
+            f"what {consumer.parameter} reads cannot be observed: '{consumer.module}' works it out within",
+            "score by gradients, such as fisher, or leave this kind out (recipe: prune.saliency, prune.kinds)",
+        )
+    return consumer.dim
+
+
+def not_called(consumer: Consumer) -> TrainingError:
+    """Return the error for a weight whose module a forward passes by."""
+    return TrainingError(
+        f"what {consumer.parameter} reads cannot be observed: '{consumer.module}' is not called",
+        "leave this kind out of kinds (recipe: prune.kinds)",
+    )
 
 
 @contextmanager

@@ -39,7 +39,10 @@ Saliency = Callable[[Evidence], dict[str, Tensor]]
 
 _SALIENCIES: dict[str, Saliency] = {}
 _OF_LOSS: set[str] = set()
-_BUILT_IN = "cosine", "fisher", "flap", "loraprune", "magnitude", "random", "taylor", "wanda", "weight_taylor"
+_BUILT_IN = (
+    *("cosine", "fisher", "flap", "loraprune", "magnitude", "random", "surgeon", "taylor", "wanda"),
+    "weight_taylor",
+)
 """Modules that register saliencies."""
 
 

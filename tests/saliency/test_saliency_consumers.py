@@ -108,14 +108,15 @@ def test_a_forward_that_fails_gives_the_weight_back():
     gates.close()
 
 
-def test_what_only_activations_tell_is_refused_for_experts():
+@pytest.mark.parametrize("name", ["wanda", "surgeon"])
+def test_what_only_activations_tell_is_refused_for_experts(name):
     own = traced(mixtral())
     gates = Gates(own.model, own.groups, own.of_kind("ffn"))
     evidence = Evidence(
         own.model, own.groups, gates, IDS.split(1), Objective(logits_of(own.model), None, 0.0, False)
     )
     with pytest.raises(TrainingError, match=r"down_proj reads cannot be observed.*\n.*fisher"):
-        saliency_named("wanda")(evidence)
+        saliency_named(name)(evidence)
 
 
 class Tied(nn.Module):

@@ -35,6 +35,7 @@ def test_all_are_registered():
     assert set(ALL) == {
         *("fisher", "taylor", "magnitude", "random", "cosine", "cosine_gradient", "wanda", "flap"),
         *("taylor_first", "taylor_second", "taylor_mix", "taylor_vector", "loraprune", "loraprune_released"),
+        "surgeon",
     }
 
 
