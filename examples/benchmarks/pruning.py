@@ -85,6 +85,10 @@ CASES = (
     Case("Fisher, repaired", {"method": "one_shot", "saliency": "fisher"}),
     Case("Wanda, repaired", {"method": "one_shot", "saliency": "wanda"}),
     Case("LLM Surgeon's scores, repaired", {"method": "one_shot", "saliency": "surgeon"}),
+    Case(
+        "LLM Surgeon's scores, channels alone, repaired",
+        {"method": "one_shot", "saliency": "surgeon", "kinds": ("ffn",)},
+    ),
     Case("FLAP's scores, repaired", {"method": "one_shot", "saliency": "flap"}),
     Case("Fisher, repaired, per layer", {"method": "one_shot", "saliency": "fisher", "layout": "per_layer"}),
     Case("LoRAPrune", {"method": "loraprune", "repair": "none", "training": {"distill": 0.0}}),

@@ -115,15 +115,12 @@ def _observing(model: nn.Module, found: list[Reader], sums: _Sums) -> Iterator[N
         TrainingError: If one of them is no linear layer, or was never called.
     """
     handles = []
-    observed = set()
     for reader in found:
         consumer = reader.consumer
         if observable_dim(consumer) != -1:
             raise _no_linear_layer(reader)
         module = model.get_submodule(consumer.module)
-        if consumer.source not in observed:
-            observed.add(consumer.source)
-            handles.append(module.register_forward_pre_hook(partial(sums.add_inputs, consumer.source)))
+        handles.append(module.register_forward_pre_hook(partial(sums.add_inputs, consumer.source)))
         handles.append(module.register_forward_hook(partial(sums.keep_output, reader)))
     try:
         yield

@@ -90,12 +90,13 @@ def test_moments_of_parts_add_up_far_from_zero():
     torch.testing.assert_close(whole.norm, exact.norm(dim=0))
 
 
-def test_a_module_that_is_not_called_is_named(llama):
+@pytest.mark.parametrize("name", ["wanda", "surgeon"])
+def test_a_module_that_is_not_called_is_named(name, llama):
     model = copy.deepcopy(llama.model)
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda x: mlp.up_proj(x) @ mlp.down_proj.weight.T
     with pytest.raises(TrainingError, match=r"layers\.1\.mlp\.down_proj\.weight reads cannot be observed"):
-        score(llama, "wanda", model=model, kinds=("ffn",))
+        score(llama, name, model=model, kinds=("ffn",))
 
 
 def test_an_input_of_another_size_is_refused(llama):

@@ -158,6 +158,18 @@ def test_of_two_units_that_say_the_same_one_is_cheap_and_the_other_dear(llama):
     assert dear > 2 * float(before[first])
 
 
+def test_a_batch_s_outputs_are_let_go_of_before_the_next(adapted, monkeypatch):
+    counts, gradients_of = [], torch.autograd.grad
+
+    def counted(loss, outputs, **options):
+        counts.append(len(outputs))
+        return gradients_of(loss, outputs, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    score(adapted, "surgeon")
+    assert counts == [4] * len(BATCHES)
+
+
 class Pictures(nn.Module):
     """Two convolutions; the second reads the channels of the first."""
 
@@ -178,3 +190,20 @@ def test_convolutions_are_refused_by_name():
     with pytest.raises(TrainingError, match=r"'second', which reads units by second\.weight, is no linear"):
         saliency_named("surgeon")(evidence)
     assert float(saliency_named("wanda")(evidence)[next(iter(gates.values))].min()) > 0
+
+
+class Halved(nn.Linear):
+    """Puts its outputs out as two rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).unflatten(-1, (2, -1))
+
+
+def test_layers_that_put_out_something_else_are_refused_by_name():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), Halved(6, 4)), torch.randn(7, 5)
+    groups = gp.node_groups(gp.trace(model, (x,)))
+    gates = Gates(model, groups, [group.name for group in groups.prunable() if group.size == 6])
+    evidence = Evidence(model, groups, gates, [x], lambda batch: model(batch).square().mean())
+    with pytest.raises(TrainingError, match=r"'2', which reads units by 2\.weight, is no linear layer"):
+        saliency_named("surgeon")(evidence)
