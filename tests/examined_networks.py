@@ -67,7 +67,8 @@ def over_networks(share: int = 1) -> Callable[[Callable[[Network], None]], Calla
     They are the same ones for every property, so that each is traced once.
 
     Args:
-        share: One of how many of the profile's examples to take, for what only shows that mistakes are found.
+        share: One of how many of the profile's examples to take, for what only shows that mistakes are found, or takes
+            a second a network.
     """
     lenient = settings(
         max_examples=max(1, settings.default.max_examples // share),

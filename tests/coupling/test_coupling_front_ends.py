@@ -58,7 +58,7 @@ def unshared(groups: NodeGroups, others: NodeGroups, tied: dict[str, str]) -> li
     return missing
 
 
-@over_networks()
+@over_networks(share=3)
 def test_both_front_ends_find_the_same_groups(network):
     """Units, sides, kinds and verdicts are equal.
 

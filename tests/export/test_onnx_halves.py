@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import ml_dtypes
@@ -25,11 +26,15 @@ HALVES = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorPr
 
 
 def content(model: nn.Module) -> dict[str, tuple[int, torch.dtype, torch.Tensor]]:
-    return {name: (t.data_ptr(), t.dtype, t.clone()) for name, t in model.state_dict().items()}
+    return {name: (t.data_ptr(), t.dtype, t.clone()) for name, t in held(model).items()}
+
+
+def held(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(chain(model.named_parameters(), model.named_buffers()))
 
 
 def assert_same(model: nn.Module, before: dict[str, tuple[int, torch.dtype, torch.Tensor]]) -> None:
-    for name, tensor in model.state_dict().items():
+    for name, tensor in held(model).items():
         pointer, dtype, numbers = before[name]
         assert (tensor.data_ptr(), tensor.dtype) == (pointer, dtype)
         assert torch.equal(tensor, numbers)
