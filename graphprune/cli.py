@@ -16,6 +16,7 @@ from graphprune.errors import GraphPruneError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from graphprune.pipeline.exported import Exported
     from graphprune.pipeline.progress import Reporter
 
 app = typer.Typer(
@@ -192,17 +193,16 @@ def evaluate(
     quiet: _Quiet = False,
 ) -> None:
     """Measure an ONNX model with onnxruntime: perplexity, and accuracy on zero-shot tasks."""
-    console = _console()
+    exported, console = _exported(target), _console()
     from graphprune.files import write_json
     from graphprune.pipeline.evaluate import Asked
     from graphprune.pipeline.evaluate import evaluate as evaluate_model
-    from graphprune.pipeline.exported import find_exported
     from graphprune.pipeline.progress import Reporter
     from graphprune.report.evaluation_table import evaluation_table
 
     asked = Asked(text=text, window=window, limit=limit, tasks=tasks or (), questions=questions)
     reporter = Reporter(None if quiet else console)
-    found = evaluate_model(find_exported(target), asked, reporter, provider=provider, threads=threads)
+    found = evaluate_model(exported, asked, reporter, provider=provider, threads=threads)
     console.print(evaluation_table(found))
     if json is not None:
         write_json(json, found.row())
@@ -219,14 +219,13 @@ def chat(
     threads: _Threads = None,
 ) -> None:
     """Talk with an ONNX model; each line of a pipe is a turn. /exit, Ctrl-D or Ctrl-C ends it."""
-    console = _console()
+    exported, console = _exported(target), _console()
     from graphprune.export.generation import sampled
     from graphprune.pipeline.chat import converse, open_chat
-    from graphprune.pipeline.exported import find_exported
 
     try:
         talk = open_chat(
-            find_exported(target),
+            exported,
             choose=sampled(temperature, top_p, seed),
             max_new_tokens=max_tokens,
             provider=provider,
@@ -261,16 +260,21 @@ def verify(
     ] = None,
 ) -> None:
     """Verify an ONNX model again: a run's against its torch model, a file alone against itself."""
-    console = _console()
+    exported, console = _exported(target), _console()
     from graphprune.export.check import raise_if_failed
-    from graphprune.pipeline.exported import find_exported
     from graphprune.pipeline.verify_run import verify as verify_model
     from graphprune.report.check_table import check_table
 
-    exported = find_exported(target)
     checks = verify_model(exported, text)
     console.print(check_table(str(exported.file), checks))
     raise_if_failed(str(exported.file), checks)
+
+
+def _exported(target: Path) -> Exported:
+    """Find the model before anything slow is imported, so that a typing error is told at once."""
+    from graphprune.pipeline.exported import find_exported
+
+    return find_exported(target)
 
 
 def _console() -> Console:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,12 +15,21 @@ import pytest
 import torch
 from hypothesis import settings
 from tiny_models import Traced, tiny_llama, traced
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from graphprune.source.adapters import attach_adapters
 
 settings.register_profile("graphprune", deadline=None, derandomize=True, max_examples=200)
 settings.register_profile("deep", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "graphprune"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_operators() -> Iterator[None]:
+    """Make the ONNX exporter's table once a session: it does for each model, which takes longer than small ones do."""
+    made = cache(ONNXRegistry.from_torchlib)
+    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(made)):
+        yield
 
 
 @pytest.fixture(scope="session")

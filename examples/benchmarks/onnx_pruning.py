@@ -20,8 +20,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import graphprune as gp
+from graphprune.export.filenames import FILE
 from graphprune.export.runtime import OnnxDecoder
-from graphprune.export.write import FILE, export_onnx
+from graphprune.export.write import export_onnx
 from graphprune.pipeline.onnx_arrays import text_arrays
 from graphprune.prune.budget import Layout
 from graphprune.saliency.onnx import ONNX_SALIENCIES

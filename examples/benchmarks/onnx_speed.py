@@ -33,8 +33,9 @@ from transformers import AutoModelForCausalLM
 import graphprune as gp
 import quant
 from graphprune.export.adapters import Adapters
+from graphprune.export.filenames import FILE
 from graphprune.export.runtime import OnnxDecoder
-from graphprune.export.write import FILE, export_onnx
+from graphprune.export.write import export_onnx
 from graphprune.files import size_of
 from graphprune.prune.budget import targets
 from graphprune.prune.target import recipe_budget

@@ -76,7 +76,7 @@ CASES = (
     Case("dense", kind="dense"),
     Case("random", {**PUBLISHED, "saliency": "random"}),
     Case("magnitude", {**PUBLISHED, "saliency": "magnitude"}),
-    Case("LLM-Pruner, vector", {**PUBLISHED, "saliency": "taylor"}),
+    Case("LLM-Pruner, vector", {**PUBLISHED, "saliency": "taylor_vector"}),
     Case("LLM-Pruner, element¹", {**PUBLISHED, "saliency": "taylor_first"}),
     Case("LLM-Pruner, element²", {**PUBLISHED, "saliency": "taylor_second"}),
     Case("Wanda-sp", {**PUBLISHED, "saliency": "wanda"}),

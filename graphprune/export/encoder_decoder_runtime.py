@@ -10,10 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from graphprune.export.exact import EXACT, exact_graph
+from graphprune.export.filenames import DECODER_FILE, ENCODER_FILE
 from graphprune.export.runtime import OnnxDecoder, Provider, clear_errors, open_session
-
-ENCODER_FILE = "encoder.onnx"
-DECODER_FILE = "decoder.onnx"
 
 MASK = "attention_mask"
 ENCODER_MASK = "encoder_attention_mask"

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from graphprune.errors import ExportError
-from graphprune.export.write import FILE
+from graphprune.export.filenames import FILE
 from graphprune.files import write_json
 
 

@@ -16,7 +16,8 @@ from graphprune.errors import SourceError, VerificationError
 from graphprune.export.agreement import Agreement, measure_agreement
 from graphprune.export.check import raise_if_failed
 from graphprune.export.encoder_decoder import encoded, encoder_inputs, has_halves
-from graphprune.export.encoder_decoder_runtime import DECODER_FILE, ENCODER_FILE, MASK, OnnxEncoderDecoder
+from graphprune.export.encoder_decoder_runtime import MASK, OnnxEncoderDecoder
+from graphprune.export.filenames import DECODER_FILE, ENCODER_FILE
 from graphprune.export.halves import in_float32, widened
 from graphprune.export.named_tensors import named_tensors
 from graphprune.export.runtime import Array, Integers, OnnxDecoder

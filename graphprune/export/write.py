@@ -16,7 +16,7 @@ from graphprune.export.adapters import Adapters, check_adapters
 from graphprune.export.axes import DynamicAxes
 from graphprune.export.decoder import traceable_decoder
 from graphprune.export.encoder_decoder import has_halves, traceable_halves
-from graphprune.export.encoder_decoder_runtime import DECODER_FILE, ENCODER_FILE
+from graphprune.export.filenames import DECODER_FILE, ENCODER_FILE, FILE
 from graphprune.export.function import traceable_function
 from graphprune.export.graph_writer import MICROSOFT
 from graphprune.export.halves import HALVES
@@ -30,9 +30,6 @@ from graphprune.export.traceable import PREFIX, Traceable
 from graphprune.export.tracing import OPSET, trace_to_onnx
 from graphprune.files import replacing
 from quant import PackedParameter, QuantLinear
-
-FILE = "model.onnx"
-DATA_FILE = f"{FILE}.data"
 
 # Smaller initializers (shapes, scalars) stay in the graph's own file.
 _SMALLEST_EXTERNAL = 1024

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from graphprune.errors import SourceError
-from graphprune.export.write import FILE
+from graphprune.export.filenames import FILE
 from graphprune.recipe import Recipe
 from graphprune.recipe_file import load_recipe
-from graphprune.source.model import ModelSource, load_tokenizer
 
 _REMEDY = "give a run folder, a folder that holds model.onnx, or a .onnx file"
 
@@ -49,6 +48,8 @@ class Exported:
         Raises:
             SourceError: If there is none.
         """
+        from graphprune.source.model import ModelSource, load_tokenizer
+
         folder = self.file.parent
         return load_tokenizer(ModelSource(folder.name, str(folder), True))
 

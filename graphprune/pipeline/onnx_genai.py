@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphprune.errors import SourceError
-from graphprune.export.write import FILE
+from graphprune.export.filenames import FILE
 from graphprune.files import write_json
 from graphprune.trace.onnx_reading import read_onnx
 

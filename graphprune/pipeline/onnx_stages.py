@@ -17,11 +17,11 @@ from graphprune.certify.onnx_session import Arrays, OnnxSession
 from graphprune.errors import QuantizationError, VerificationError
 from graphprune.export.agreement import measure_agreement
 from graphprune.export.check import raise_if_failed
+from graphprune.export.filenames import DATA_FILE, FILE
 from graphprune.export.quantize_onnx import QuantizedOnnx, quantize_onnx
 from graphprune.export.runtime import OnnxDecoder
 from graphprune.export.simplify import forget_traces
 from graphprune.export.verify_quantized import distance, measure_packed, with_weights
-from graphprune.export.write import DATA_FILE, FILE
 from graphprune.files import remove, replacing, size_of, write_json
 from graphprune.pipeline.onnx_genai import write_companions
 from graphprune.pipeline.onnx_session import OnnxRun
@@ -162,18 +162,21 @@ def export_stage(session: OnnxRun) -> str:
 def speed_stage(session: OnnxRun) -> str:
     """Measure how fast the file is beside the source, and let a decoder write."""
     source, compact = session.inputs.file, session.path(EXPORTED)
-    if session.inputs.is_decoder and OnnxDecoder(compact).has_cache and session.inputs.evaluate is not None:
-        prompt = session.inputs.evaluate.ids[0, :16].tolist()
-        decoders = [OnnxDecoder(source), OnnxDecoder(compact)]
-        tokens = session.recipe.report.speed_tokens
-        speeds = [decoder.decode_speed(prompt, tokens) for decoder in decoders * 2]
-        dense, small = max(speeds[0::2]), max(speeds[1::2])
-        session.folder.remember(
-            speed_dense=dense, speed_compact=small, written_compact=_written(session, compact)
-        )
-        return f"{small:.1f} tokens/s, as it came {dense:.1f}"
-    seconds = [_seconds(read_onnx(file), session) for file in (source, compact)]
-    return f"{1000 * seconds[1]:.1f} ms a call, as it came {1000 * seconds[0]:.1f}"
+    decodes = session.inputs.is_decoder and OnnxDecoder(compact).has_cache
+    evaluate, tokens = session.inputs.evaluate if decodes else None, session.recipe.report.speed_tokens
+    if evaluate is not None:
+        session.folder.remember(written_compact=_written(session, compact))
+    if not tokens:
+        return "not asked for"
+    if evaluate is None:
+        seconds = [_seconds(read_onnx(file), session) for file in (source, compact)]
+        return f"{1000 * seconds[1]:.1f} ms a call, as it came {1000 * seconds[0]:.1f}"
+    prompt = evaluate.ids[0, :16].tolist()
+    decoders = [OnnxDecoder(source), OnnxDecoder(compact)]
+    speeds = [decoder.decode_speed(prompt, tokens) for decoder in decoders * 2]
+    dense, small = max(speeds[0::2]), max(speeds[1::2])
+    session.folder.remember(speed_dense=dense, speed_compact=small)
+    return f"{small:.1f} tokens/s, as it came {dense:.1f}"
 
 
 ONNX_STAGES: dict[str, Callable[[OnnxRun], str]] = {

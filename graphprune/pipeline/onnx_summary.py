@@ -111,7 +111,7 @@ def _perplexity(session: OnnxRun) -> dict[str, Any] | None:
 
 def _speed(session: OnnxRun) -> dict[str, Any] | None:
     measured = session.folder.manifest["measured"]
-    if "speed_compact" not in measured:
+    if "speed_compact" not in measured or not session.recipe.report.speed_tokens:
         return None
     return {
         "dense_onnx_fp32": measured["speed_dense"],

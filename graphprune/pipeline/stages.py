@@ -267,14 +267,18 @@ def speed_stage(session: Session) -> str:
     settings = session.recipe.report
     prompt = session.inputs.evaluate.ids[0, :16].tolist()
     compact = OnnxDecoder(session.path("onnx/model.onnx"))
-    texts = [_written_by(session, compact, text) for text in settings.prompts]
+    session.folder.remember(
+        written_compact=[_written_by(session, compact, text) for text in settings.prompts]
+    )
+    if not settings.speed_tokens:
+        return "not asked for"
     with replacing(session.path("dense-onnx")) as scratch, session.reporter.task("dense ONNX for comparison"):
         dense = OnnxDecoder(export_onnx(session.dense, scratch))
         speeds = [d.decode_speed(prompt, settings.speed_tokens) for d in (dense, compact, dense, compact)]
     del dense
     remove(session.path("dense-onnx"))
     dense_speed, compact_speed = max(speeds[0::2]), max(speeds[1::2])
-    session.folder.remember(speed_dense=dense_speed, speed_compact=compact_speed, written_compact=texts)
+    session.folder.remember(speed_dense=dense_speed, speed_compact=compact_speed)
     return f"{compact_speed:.1f} tokens/s, dense float32 {dense_speed:.1f}"
 
 

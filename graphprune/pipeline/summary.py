@@ -98,12 +98,7 @@ def _report(
         "budget": budget_row(session.folder),
         "bytes": _bytes(session, before),
         "perplexity": _perplexity(session),
-        "tokens_per_second": {
-            "dense_onnx_fp32": measured["speed_dense"],
-            "compact_onnx": measured["speed_compact"],
-            "threads": torch.get_num_threads(),
-            "new_tokens": recipe.report.speed_tokens,
-        },
+        "tokens_per_second": _speed(session),
         "distance": None,
         "certificate": certificate_row(session.folder),
         "verify": {
@@ -176,6 +171,18 @@ def _perplexity(session: Session) -> dict[str, Any]:
     return {
         **{stage: measured[f"perplexity_{stage}"] for stage in stages},
         "protocol": protocol_row(windows),
+    }
+
+
+def _speed(session: Session) -> dict[str, Any] | None:
+    measured, tokens = session.folder.manifest["measured"], session.recipe.report.speed_tokens
+    if not tokens:
+        return None
+    return {
+        "dense_onnx_fp32": measured["speed_dense"],
+        "compact_onnx": measured["speed_compact"],
+        "threads": torch.get_num_threads(),
+        "new_tokens": tokens,
     }
 
 

@@ -236,7 +236,8 @@ class Environment(Entry):
 class Report(Entry):
     """All that ``report.json`` holds and ``report.html`` shows.
 
-    `perplexity` and `tokens_per_second` are None of an ONNX file that is no decoder, and `distance` of all others.
+    `perplexity` and `tokens_per_second` are None of an ONNX file that is no decoder, and `distance` of all others;
+    `tokens_per_second` where a recipe asks for no measuring, too.
     `versions` maps a package to its version, `created` is an ISO 8601 time, `recovery` is empty where nothing was held
     out to measure rounds on, and `limits` is what the reader must know before relying on the numbers.
     """

@@ -7,13 +7,10 @@ InstanceNorm between reshapes, a linear layer a transposed weight, `split` a seq
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
-from unittest import mock
 
 import onnx_ir as ir
 import torch
 from examined_networks import examine, over_networks
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from graphprune.coupling.groups import NodeGroup, NodeGroups, node_groups
 from graphprune.trace.onnx import trace_onnx
@@ -21,16 +18,10 @@ from graphprune.trace.onnx import trace_onnx
 OPSETS = (18, 23)
 MISFIT = "couples sizes that have no common refinement"
 
-# The exporter makes its table of operators anew for each model, which takes longer than a small model does.
-table_of_opset = cache(ONNXRegistry.from_torchlib)
-
 
 def exported(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
     """Export as it stands: the exporter's optimizer would rename and transpose weights."""
-    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(table_of_opset)):
-        return torch.onnx.export(
-            program, dynamo=True, opset_version=opset, optimize=False, verbose=False
-        ).model
+    return torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False).model
 
 
 def described(group: NodeGroup, tied: dict[str, str]) -> tuple[frozenset, str, bool, bool, int]:

@@ -30,7 +30,7 @@ quantize:
     scale_storage: double}}
 recover: {{steps: 3, training: {{learning_rate: 1e-3, batch_size: 2, precision: float32}}}}
 export: {{verify_windows: 2, verify_tokens: 12}}
-report: {{prompts: [the cat sat on], new_tokens: 5, speed_tokens: 4}}
+report: {{prompts: [the cat sat on], new_tokens: 5, speed_tokens: 0}}
 """
 
 WORDS = (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import onnx
 import pytest
@@ -193,8 +195,13 @@ def test_a_second_run_reuses_every_stage(finished, bench, monkeypatch):
     assert content(folder / "onnx") == before
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_the_same(finished, bench, tmp_path, monkeypatch):
-    """Stopped before recovery; everything before it is kept, and the result is that of an undisturbed run."""
+@pytest.fixture(scope="module")
+def killed(bench, tmp_path_factory):
+    """One run that is killed before each stage and goes on; do not change it.
+
+    Returns:
+        A copy of the folder as each stage found it, by the stage's name, and the report of the end.
+    """
 
     class Killed(BaseException):
         pass
@@ -202,20 +209,35 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(finished, bench, tmp_pa
     def die(session):
         raise Killed
 
-    monkeypatch.setattr(module, "STAGES", {**STAGES, "recover": die})
-    with pytest.raises(Killed):
-        run(bench.recipe, tmp_path / "RUN", SILENT)
-    assert set(json.loads((tmp_path / "RUN" / "run.json").read_text())["stages"]) == {
-        "evaluate", "trace", "certify", "prune", "reload", "quantize",
-    }  # fmt: skip
-    monkeypatch.setattr(module, "STAGES", STAGES)
-    resumed = run(bench.recipe, tmp_path / "RUN", SILENT)
+    base = tmp_path_factory.mktemp("killed")
+    for name in STAGES:
+        with mock.patch.object(module, "STAGES", {**STAGES, name: die}), pytest.raises(Killed):
+            run(bench.recipe, base / "RUN", SILENT)
+        shutil.copytree(base / "RUN", base / name)
+    return {name: base / name for name in STAGES}, run(bench.recipe, base / "RUN", SILENT)
+
+
+def test_a_run_that_was_killed_before_each_stage_ends_as_an_undisturbed_one(finished, killed):
+    """All that was done stays; the last call does the last stage alone."""
+    folders, resumed = killed
+    names = list(STAGES)
+    for position, name in enumerate(names):
+        assert set(json.loads((folders[name] / "run.json").read_text())["stages"]) == set(names[:position])
     _, undisturbed = finished
     assert resumed.widths == undisturbed.widths
     assert resumed.perplexity.onnx == pytest.approx(undisturbed.perplexity.onnx, rel=1e-5)
-    assert {stage.name for stage in resumed.stages if stage.state == "reused"} == {
-        "evaluate", "trace", "certify", "prune", "reload", "quantize",
-    }  # fmt: skip
+    assert [stage.name for stage in resumed.stages if stage.state == "reused"] == names[:-1]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_does_nothing_is_noticed(bench, killed, tmp_path, monkeypatch, name):
+    """Each stage's result is needed by a later one or by the report."""
+    folders, _ = killed
+    shutil.copytree(folders[name], tmp_path / "RUN")
+    monkeypatch.setattr(module, "STAGES", {**STAGES, name: lambda session: "skipped"})
+    with pytest.raises((GraphPruneError, OSError, KeyError, ValueError)):
+        run(bench.recipe, tmp_path / "RUN", SILENT)
+    assert not (tmp_path / "RUN" / "report.json").exists()
 
 
 def test_a_run_whose_process_was_killed_goes_on_and_leaves_no_rubbish(bench, tmp_path):
@@ -240,15 +262,6 @@ def test_a_run_whose_process_was_killed_goes_on_and_leaves_no_rubbish(bench, tmp
     }
     hidden = [path.name for path in folder.rglob(".*")]
     assert hidden == [".lock"]
-
-
-def test_a_stage_that_does_nothing_is_noticed(bench, tmp_path, monkeypatch):
-    """Each stage's result is needed by a later one or by the report."""
-    for name in STAGES:
-        monkeypatch.setattr(module, "STAGES", {**STAGES, name: lambda session: "skipped"})
-        with pytest.raises((GraphPruneError, OSError, KeyError, ValueError)):
-            run(bench.recipe, tmp_path / name, SILENT)
-        assert not (tmp_path / name / "report.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -282,8 +295,6 @@ def test_a_folder_of_somebody_else_is_not_touched(bench, tmp_path):
 
 
 def test_files_that_are_gone_are_made_again(finished, bench, tmp_path):
-    import shutil
-
     folder, first = finished
     copy = tmp_path / "RUN"
     shutil.copytree(folder, copy)
@@ -292,6 +303,23 @@ def test_files_that_are_gone_are_made_again(finished, bench, tmp_path):
     assert {stage.name for stage in second.stages if stage.state == "done"} == {"export", "speed"}
     assert second.perplexity.onnx == pytest.approx(first.perplexity.onnx, rel=1e-5)
     assert (copy / "onnx" / "model.onnx").is_file()
+
+
+def test_speed_is_measured_where_it_is_asked_for(finished, bench, tmp_path):
+    folder, first = finished
+    copy = tmp_path / "RUN"
+    shutil.copytree(folder, copy)
+    assert first.tokens_per_second is None
+    asked = run(bench.with_recipe(change=("speed_tokens: 0", "speed_tokens: 4")), copy, SILENT)
+    assert {stage.name for stage in asked.stages if stage.state == "done"} == {"evaluate", "speed"}
+    assert asked.tokens_per_second.new_tokens == 4
+    assert asked.tokens_per_second.dense_onnx_fp32 > 0
+    assert asked.tokens_per_second.compact_onnx > 0
+    assert "Tokens per second" in (copy / "report.html").read_text()
+    assert not (copy / "dense-onnx").exists()
+    no_more = run(bench.recipe, copy, SILENT)
+    assert no_more.tokens_per_second is None
+    assert "Tokens per second" not in (copy / "report.html").read_text()
 
 
 def test_a_manifest_that_is_broken_can_be_discarded(bench, tmp_path):
