@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphprune.certify.certificate import certify as certify
-    from graphprune.coupling.groups import NodeGroup as NodeGroup
     from graphprune.coupling.groups import node_groups as node_groups
+    from graphprune.coupling.node_group import NodeGroup as NodeGroup
     from graphprune.coupling.rules import rule as rule
     from graphprune.export.quantize_onnx import quantize_onnx as quantize_onnx
     from graphprune.export.verify import verify_onnx as verify_onnx
@@ -39,7 +39,7 @@ _HOME = {
     "LHSPG": "graphprune.prune.lhspg",
     "LHSPGCallback": "graphprune.prune.trainer_callback",
     "LoRAPrune": "graphprune.prune.loraprune",
-    "NodeGroup": "graphprune.coupling.groups",
+    "NodeGroup": "graphprune.coupling.node_group",
     "PaperChoices": "graphprune.prune.paper_mode",
     "Plan": "graphprune.shrink.plan",
     "certify": "graphprune.certify",

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from network_strategies import networks
 from torch import Tensor, nn
 
-from graphprune.coupling.groups import Member, NodeGroup, NodeGroups, node_groups
+from graphprune.coupling.groups import NodeGroups, node_groups
+from graphprune.coupling.node_group import Member, NodeGroup
 from graphprune.trace.model import trace
 
 Units = dict[frozenset[Slice], str]

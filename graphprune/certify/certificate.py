@@ -19,7 +19,8 @@ from torch.export import ExportedProgram
 
 from graphprune.certify.membership import wrong_members
 from graphprune.certify.routing import forbid_choices
-from graphprune.coupling.groups import NodeGroup, NodeGroups
+from graphprune.coupling.groups import NodeGroups
+from graphprune.coupling.node_group import NodeGroup
 from graphprune.coupling.selection import Indices
 from graphprune.errors import VerificationError
 from graphprune.shrink.fitting import check_groups, check_model

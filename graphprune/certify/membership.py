@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from graphprune.coupling.groups import Member, NodeGroup, NodeGroups
+from graphprune.coupling.groups import NodeGroups
 from graphprune.coupling.layout import Layout, atoms_of, find
+from graphprune.coupling.node_group import Member, NodeGroup
 
 Place = tuple[str, int]
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from graphprune.certify.onnx_routing import forbid_choices
 from graphprune.certify.onnx_session import OnnxSession, as_arrays
 from graphprune.coupling.algebra import Axes
-from graphprune.coupling.groups import NodeGroup, NodeGroups
+from graphprune.coupling.groups import NodeGroups
+from graphprune.coupling.node_group import NodeGroup
 from graphprune.coupling.selection import Indices, Selection
 from graphprune.errors import CouplingError, OperatorShrinkError, ShrinkError, VerificationError
 from graphprune.shrink.onnx import shrink_onnx

@@ -10,9 +10,9 @@ from torch import fx
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.coupling.selection import Indices
+from graphprune.shrink.node_arguments import argument
 from graphprune.shrink.program import Program
-from graphprune.shrink.resize import Sizes
-from graphprune.shrink.resizers import argument
+from graphprune.shrink.sizes import Sizes
 
 _CHOOSING = ("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten.topk")
 

@@ -4,97 +4,21 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import networkx as nx
-import numpy as np
 
-from graphprune.coupling.algebra import Algebra, Axes, Side
+from graphprune.coupling.algebra import Algebra, Axes
 from graphprune.coupling.analysis import analyze
-from graphprune.coupling.kinds import Kind, infer_kind
+from graphprune.coupling.discovery import found_groups
 from graphprune.coupling.layout import Layout, atoms_of, find
-from graphprune.coupling.low_rank import LinearPaths
-from graphprune.coupling.selection import Indices, Selection, select, unit_of_index
+from graphprune.coupling.node_group import NodeGroup
+from graphprune.coupling.selection import Indices, Selection, select
 from graphprune.errors import CouplingError, NothingPrunableError
 from graphprune.trace.graph import Operator, OperatorGraph, Value
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One axis of one parameter or buffer in which a group has units.
-
-    Attributes:
-        parameter: Qualified name.
-        axis: Which axis.
-        side: Whether a contraction produces its result along this axis, consumes its input along it, or
-            neither (norms, biases and buffers carry it). A shared buffer is *selected*: it stays whole, and what is
-            computed from it is read through a selection by the operators of this group.
-        shape: The whole parameter's shape.
-        indices_per_unit: How many indices of the axis one unit owns.
-        role: "parameter" or "buffer".
-    """
-
-    parameter: str
-    axis: int
-    side: Side
-    shape: tuple[int, ...]
-    indices_per_unit: int
-    role: str
-    layout: Layout = field(repr=False, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class NodeGroup:
-    """Units of coupled dimensions: unit *u* is what all members own of index *u*.
-
-    Attributes:
-        name: Unique; says where and what for a reader, and means nothing to the program.
-        kind: Inferred from the operators that it passes through.
-        size: Number of units.
-        members: Every (parameter, axis) that it reaches, in the graph's order.
-        permutable: Whether its units can be renumbered without changing the function.
-        prunable: Whether units may be removed.
-        reason: Why not prunable; None if it is.
-        parameters_per_unit: Elements of parameters that go with one unit.
-        minimum: How many units must stay: 1, or as many as a top-k picks.
-    """
-
-    name: str
-    kind: Kind
-    size: int
-    members: tuple[Member, ...]
-    permutable: bool
-    prunable: bool
-    reason: str | None
-    parameters_per_unit: int
-    minimum: int
-    atom: Layout = field(repr=False, compare=False)
-
-    def owner(self, member: Member) -> Indices:
-        """Return, for each index of a member's axis, the unit that owns it, or -1."""
-        return unit_of_index(member.layout, self.atom)
-
-    def indices(self, member: Member, unit: int) -> Indices:
-        """Return which indices of a member's axis a unit owns.
-
-        Raises:
-            CouplingError: If there is no such unit.
-        """
-        if not 0 <= unit < self.size:
-            raise CouplingError(
-                f"'{self.name}' has no unit {unit}", f"its units are numbered from 0 to {self.size - 1}"
-            )
-        return np.flatnonzero(self.owner(member) == unit)
-
-    @property
-    def consumers(self) -> tuple[Member, ...]:
-        """Members that read the group's activations: scaling their input scales a unit's whole contribution."""
-        return tuple(member for member in self.members if member.side == "consumes")
 
 
 class NodeGroups(Mapping[str, NodeGroup]):
@@ -263,7 +187,7 @@ class NodeGroups(Mapping[str, NodeGroup]):
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the groups as plain rows for groups.json, reports and pictures."""
-        return [_row(group) for group in self.values()]
+        return [group.row() for group in self.values()]
 
 
 def node_groups(graph: OperatorGraph) -> NodeGroups:
@@ -284,7 +208,8 @@ def node_groups(graph: OperatorGraph) -> NodeGroups:
             "trace the model first: node_groups(trace(model, example_inputs))",
         )
     with _no_collection():
-        return _found(graph, analyze(graph))
+        algebra = analyze(graph)
+        return NodeGroups(graph, algebra, found_groups(graph, algebra))
 
 
 @contextmanager
@@ -297,150 +222,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _found(graph: OperatorGraph, algebra: Algebra) -> NodeGroups:
-    found: dict[int, dict[tuple[str, int], Member]] = {}
-    atoms: dict[int, Layout] = {}
-    for member, axis in (*_own_members(graph, algebra), *_selected_members(graph, algebra)):
-        for identity, count in _occurrences(axis, atoms).items():
-            counted = replace(member, indices_per_unit=count)
-            found.setdefault(identity, {}).setdefault((member.parameter, member.axis), counted)
-    names: Counter[str] = Counter()
-    paths = LinearPaths(graph, algebra)
-    groups = tuple(
-        _group(atoms[identity], tuple(members.values()), names, paths)
-        for identity, members in found.items()
-        if any(member.role == "parameter" for member in members.values())
-    )
-    return NodeGroups(graph, algebra, groups)
-
-
-def _own_members(graph: OperatorGraph, algebra: Algebra) -> Iterator[tuple[Member, Layout]]:
-    """Yield every axis of every weight that some operator reads."""
-    for name, value in graph.weights.items():
-        for position, axis in enumerate(algebra.known(name) or ()):
-            side = algebra.sides.get((name, position), "carries")
-            yield Member(name, position, side, value.shape, 0, value.role, axis), axis
-
-
-def _selected_members(graph: OperatorGraph, algebra: Algebra) -> Iterator[tuple[Member, Layout]]:
-    """Yield the axes of buffers as operators read them through a copy: rotary frequencies, for one."""
-    by_layout: dict[int, list[Member]] = {}
-    for name, value in graph.weights.items():
-        for position, axis in enumerate(algebra.known(name) or ()):
-            if value.role == "buffer" and axis.size > 1:
-                member = Member(name, position, "selected", value.shape, 0, value.role, axis)
-                by_layout.setdefault(find(axis).identity, []).append(member)
-    for copy in algebra.copies.values():
-        for source, layout in copy.made.items():
-            for member in by_layout.get(find(algebra.solver.layouts[source]).identity, ()):
-                yield replace(member, layout=layout), layout
-
-
-def _occurrences(axis: Layout, atoms: dict[int, Layout]) -> dict[int, int]:
-    """Return how many indices a unit of each atom owns on an axis, by the atom's identity.
-
-    Atoms of a single unit are left out: there is nothing to permute, and nothing may be removed. An axis that is made
-    of nothing else stands for itself.
-    """
-    counts: dict[int, int] = {}
-    whole = find(axis)
-    _count(whole, 1, counts, atoms)
-    if not counts and whole.size > 1:  # cut into single indices: nothing to choose from, but to be told
-        atoms[whole.identity] = whole
-        counts[whole.identity] = 1
-    return counts
-
-
-def _count(layout: Layout, times: int, counts: dict[int, int], atoms: dict[int, Layout]) -> None:
-    """Add to `counts` how many indices one unit of each atom owns, each of which stands for `times` indices."""
-    if layout.form == "atom":
-        if layout.size > 1:
-            atoms[layout.identity] = layout
-            counts[layout.identity] = counts.get(layout.identity, 0) + times
-        return
-    for part in layout.parts:
-        part = find(part)
-        inner = layout.size // part.size if layout.form == "product" else 1
-        _count(part, times * inner, counts, atoms)
-
-
-def _group(atom: Layout, members: tuple[Member, ...], names: Counter[str], paths: LinearPaths) -> NodeGroup:
-    parameters = [member for member in members if member.role == "parameter"]
-    sides = [member.side for member in parameters]
-    reached = tuple({member.parameter: None for member in parameters})
-    is_update = len(reached) == 2 and paths.lie_beside_another(reached)
-    kind = infer_kind(atom.marks, sides, is_update=is_update)
-    reason = _reason(atom)
-    freed = sum(
-        int(np.prod(member.shape)) // member.shape[member.axis] * member.indices_per_unit
-        for member in parameters
-    )
-    name = f"{_common_path([member.parameter for member in parameters or members])}:{kind}"
-    names[name] += 1
-    if names[name] > 1:
-        name = f"{name}#{names[name]}"
-    return NodeGroup(
-        name=name,
-        kind=kind,
-        size=atom.size,
-        members=members,
-        permutable=not atom.pins and atom.form == "atom",
-        prunable=reason is None,
-        reason=reason,
-        parameters_per_unit=freed,
-        minimum=atom.minimum,
-        atom=atom,
-    )
-
-
-def _reason(atom: Layout) -> str | None:
-    """Return why no unit of an atom may be removed, or None."""
-    for reason in (*atom.pins, *atom.blocks):
-        return reason
-    if atom.form != "atom":
-        return "each of its indices is read for itself"
-    if "softmax" in atom.marks and "routed" not in atom.marks:
-        return "softmax over this axis: its other units would change"
-    if "ranked" in atom.marks and "routed" not in atom.marks:
-        return "a top-k over this axis is read for its values alone: others would take the place of one that is gone"
-    if atom.minimum >= atom.size:
-        return f"a top-k picks {atom.minimum} of its {atom.size} units"
-    return None
-
-
-def _common_path(parameters: list[str]) -> str:
-    paths = [name.split(".")[:-1] for name in parameters]
-    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
-    return ".".join(parts[0] for parts in shared) or "model"
-
-
-def _row(group: NodeGroup) -> dict[str, Any]:
-    numbers = [_block(member.parameter) for member in group.members]
-    blocks = {number for number in numbers if number is not None}
-    return {
-        "name": group.name,
-        "kind": group.kind,
-        "size": group.size,
-        "permutable": group.permutable,
-        "prunable": group.prunable,
-        "reason": group.reason,
-        "parameters_per_unit": group.parameters_per_unit,
-        "block": blocks.pop() if len(blocks) == 1 else None,
-        "members": [
-            {
-                "parameter": member.parameter,
-                "axis": member.axis,
-                "size": member.shape[member.axis],
-                "per_unit": member.indices_per_unit,
-                "side": member.side,
-            }
-            for member in group.members
-        ],
-    }
-
-
-def _block(parameter: str) -> int | None:
-    """Return the number of the repeated block that a parameter lies in, for pictures: its first number."""
-    return next((int(part) for part in parameter.split(".") if part.isdigit()), None)

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from graphprune.coupling.groups import NodeGroup, NodeGroups
+from graphprune.coupling.groups import NodeGroups
+from graphprune.coupling.node_group import NodeGroup
 from graphprune.errors import BudgetError, NothingPrunableError, RecipeError, TrainingError
 from graphprune.prune.allocation import Item, allocate, smallest_step
 from graphprune.prune.costs import Cost

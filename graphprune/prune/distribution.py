@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphprune.coupling.groups import NodeGroup
+from graphprune.coupling.node_group import NodeGroup
 from graphprune.errors import RecipeError, RunFolderError, TrainingError
 from graphprune.files import write_json
 from graphprune.prune.budget import Curve

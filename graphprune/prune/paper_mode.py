@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from graphprune.coupling.groups import Member, NodeGroup
+from graphprune.coupling.node_group import Member, NodeGroup
 from graphprune.errors import TrainingError
 from graphprune.prune.low_rank import AdaptedWeight, adapted_weights
 from graphprune.prune.param_groups import ParameterGroups

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.coupling.groups import NodeGroup, NodeGroups
+from graphprune.coupling.groups import NodeGroups
+from graphprune.coupling.node_group import NodeGroup
 from graphprune.errors import BudgetError, TrainingError
 from graphprune.prune.budget import allot, score_curves, targets
 from graphprune.prune.costs import Measured, cost_named

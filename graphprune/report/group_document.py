@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from graphprune.coupling.groups import NodeGroup, NodeGroups
+from graphprune.coupling.groups import NodeGroups
 from graphprune.coupling.layout import Layout
+from graphprune.coupling.node_group import NodeGroup
 from graphprune.coupling.selection import Indices
 
 SCHEMA = "graphprune.groups/1"

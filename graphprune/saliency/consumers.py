@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphprune.coupling.groups import NodeGroup, NodeGroups
+from graphprune.coupling.groups import NodeGroups
+from graphprune.coupling.node_group import NodeGroup
 from graphprune.errors import TrainingError
 from graphprune.saliency.norms import normed_weights
 from graphprune.trace.graph import Operator, OperatorGraph, Value

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graphprune.coupling.groups import NodeGroup, NodeGroups
+from graphprune.coupling.groups import NodeGroups
+from graphprune.coupling.node_group import NodeGroup
 from graphprune.errors import TrainingError
 from graphprune.saliency.consumers import Consumer, consumers_of
 from graphprune.shrink.gated import GateHook

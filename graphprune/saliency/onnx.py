@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from graphprune.certify.onnx_session import OnnxSession, as_arrays
-from graphprune.coupling.groups import NodeGroup, NodeGroups
+from graphprune.coupling.groups import NodeGroups
 from graphprune.coupling.layout import Layout, find
+from graphprune.coupling.node_group import NodeGroup
 from graphprune.errors import RecipeError, TrainingError
 from graphprune.saliency.activations import Consumed, InputMoments
 from graphprune.saliency.flap import flap_scores

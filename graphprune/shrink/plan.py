@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from graphprune.coupling.groups import NodeGroup, NodeGroups
+from graphprune.coupling.groups import NodeGroups
+from graphprune.coupling.node_group import NodeGroup
 from graphprune.coupling.selection import Indices
 from graphprune.errors import RecipeError, ShrinkError
 from graphprune.files import write_json

@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_flatten
 
 from graphprune.errors import InputsError
-from graphprune.shrink.resizers import argument, set_argument
+from graphprune.shrink.node_arguments import argument, set_argument
 from graphprune.trace.fx import GUARDS
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER)

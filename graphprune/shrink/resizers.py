@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +15,10 @@ from torch import fx
 
 from graphprune.coupling.layout import Layout
 from graphprune.coupling.rules.reshaping import bounds
+from graphprune.shrink.node_arguments import argument, set_argument
+from graphprune.shrink.sizes import Sizes
 
-if TYPE_CHECKING:
-    from graphprune.shrink.resize import Sizes
-
-Resizer = Callable[["Sizes", fx.Node], None]
+Resizer = Callable[[Sizes, fx.Node], None]
 
 _RESIZERS: dict[str, Resizer] = {}
 
@@ -37,25 +36,6 @@ def resizer(*targets: str) -> Callable[[Resizer], Resizer]:
 def resizer_for(target: str) -> Resizer | None:
     """Return what rewrites an operator, or None if it follows its operands."""
     return _RESIZERS.get(target) or _RESIZERS.get(target.rsplit(".", 1)[0].rstrip("_"))
-
-
-def argument(node: fx.Node, name: str) -> Any:
-    """Return an argument by its schema name, defaults included."""
-    for position, parameter in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if parameter.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return node.kwargs.get(name, parameter.default_value)
-    return None
-
-
-def set_argument(node: fx.Node, name: str, value: Any) -> None:
-    """Set an argument by its schema name."""
-    names = [parameter.name for parameter in node.target._schema.arguments]  # type: ignore[union-attr]
-    if names.index(name) < len(node.args):
-        node.update_arg(names.index(name), value)
-    else:
-        node.update_kwarg(name, value)
 
 
 @resizer("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.broadcast_to")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from graphprune.certify.certificate import certify
 from graphprune.certify.membership import wrong_members
-from graphprune.coupling.groups import Member, NodeGroup, NodeGroups, node_groups
+from graphprune.coupling.groups import NodeGroups, node_groups
+from graphprune.coupling.node_group import Member, NodeGroup
 from graphprune.errors import VerificationError
 from graphprune.trace.model import trace
 

@@ -12,7 +12,8 @@ import onnx_ir as ir
 import torch
 from examined_networks import examine, over_networks
 
-from graphprune.coupling.groups import NodeGroup, NodeGroups, node_groups
+from graphprune.coupling.groups import NodeGroups, node_groups
+from graphprune.coupling.node_group import NodeGroup
 from graphprune.trace.onnx import trace_onnx
 
 OPSETS = (18, 23)

@@ -18,7 +18,8 @@ from generated_networks import build, inputs_of
 
 from graphprune.certify.certificate import certify
 from graphprune.coupling import analysis
-from graphprune.coupling.groups import NodeGroup, NodeGroups, node_groups
+from graphprune.coupling.groups import NodeGroups, node_groups
+from graphprune.coupling.node_group import NodeGroup
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
 from graphprune.shrink.program import Program
