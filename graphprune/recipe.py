@@ -218,6 +218,11 @@ class Prune(_Section):
             if getattr(self, name) != type(self).model_fields[name].default:
                 how = f"method {self.method}" if name != "paper" else f"mode {self.mode}"
                 raise ValueError(f"with {how} nothing reads prune.{name}")
+        if self.layout == "uniform" and self.distribution.unprunable:
+            raise ValueError(
+                "distribution.unprunable keeps single layers whole, and layout uniform gives all layers one width; "
+                "set prune.layout to per_layer"
+            )
         return self
 
 

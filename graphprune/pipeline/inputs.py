@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +25,7 @@ from graphprune.source.model import ModelSource, find_model, load_config, load_t
 from graphprune.source.text import Windows, cut_windows, read_text
 from quant.codebooks import get_format
 from quant.errors import QuantError
+from quant.quantized import check_block_size
 
 _SCALE_BITS = {"float32": 32, "float16": 16, "double": 8.125}
 
@@ -134,12 +136,21 @@ def check_names(recipe: Recipe) -> None:
         ("quantize.embedding", recipe.quantize.embedding),
         *(("quantize.mix_formats", name) for name in recipe.quantize.mix_formats),
     ):
-        try:
-            if name is not None:
+        if name is not None:
+            with _of_the_recipe(key):
                 get_format(name)
-        except QuantError as error:
-            raise RecipeError(f"{key}: {error.problem}", error.remedy) from error
+    with _of_the_recipe("quantize.block_size"):
+        check_block_size(recipe.quantize.block_size)
     _check_bits(recipe.quantize)
+
+
+@contextmanager
+def _of_the_recipe(key: str) -> Iterator[None]:
+    """Turn the quantizer's error into one of the recipe's key."""
+    try:
+        yield
+    except QuantError as error:
+        raise RecipeError(f"{key}: {error.problem}", error.remedy) from error
 
 
 def _check_bits(settings: Quantize) -> None:

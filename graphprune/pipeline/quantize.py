@@ -38,21 +38,11 @@ def quantize_stage(session: Session) -> str:
     stacks = [
         stack for stack in find_stacks(model, example_inputs(model)) if not _excluded(session, stack.name)
     ]
-    config = LoftQConfig(
-        format=settings.format,
-        block_size=settings.block_size,
-        rank=settings.rank,
-        iterations=settings.iterations,
-        scale_storage=settings.scale_storage,
-        propagation=settings.propagation,
-        seed=session.recipe.seed,
-        exclude=(*_untied_head(model), *settings.exclude),
-        embedding_format=settings.embedding,
-    )
     count = settings.calibration_windows
     windows = session.inputs.train.drawn(count, session.recipe.seed)
     batches = [{"input_ids": ids, "labels": ids} for ids in windows.split(4)] if count else []
     with _as_ours():
+        config = _config(session, model)
         for stack in stacks:
             check_stack(model, stack, settings.block_size)
         if settings.bits is not None:
@@ -90,6 +80,22 @@ def quantize_stage(session: Session) -> str:
         ],
     )
     return f"{_summary(model, layers)}; perplexity {value:.2f}"
+
+
+def _config(session: Session, model: nn.Module) -> LoftQConfig:
+    """Return the recipe's section as the quantizer takes it."""
+    settings = session.recipe.quantize
+    return LoftQConfig(
+        format=settings.format,
+        block_size=settings.block_size,
+        rank=settings.rank,
+        iterations=settings.iterations,
+        scale_storage=settings.scale_storage,
+        propagation=settings.propagation,
+        seed=session.recipe.seed,
+        exclude=(*_untied_head(model), *settings.exclude),
+        embedding_format=settings.embedding,
+    )
 
 
 def _mix(

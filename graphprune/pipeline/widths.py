@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import BudgetError, RefusedWidthsError, ShrinkError, UndescribedWidthsError
 from graphprune.files import write_text
 from graphprune.pipeline.session import Session
@@ -86,7 +85,6 @@ def budget_that_opens(
             )
         except BudgetError as error:
             raise _without(session, refused, error) from error
-        _check_uniform(session, budget)
         try:
             _check_opens(session, budget.removed_units, uniform=budget.is_uniform(session.groups))
         except ShrinkError as error:
@@ -192,21 +190,3 @@ def _without(session: Session, refused: set[Width], error: BudgetError) -> Budge
         f"{error.problem}, without the widths that stock {type(session.inputs.config).__name__} refuses ({words})",
         f"{error.remedy}; or set prune.layout to per_layer: graphprune.load opens such a model",
     )
-
-
-def _check_uniform(session: Session, budget: Budget) -> None:
-    if session.recipe.prune.layout == "uniform" and not budget.is_uniform(session.groups):
-        raise BudgetError(
-            f"layers would have different widths ({_ranges(session.groups, budget)}), which stock "
-            f"{type(session.dense).__name__} does not open again",
-            "set prune.layout to per_layer: graphprune.load opens such a model",
-        )
-
-
-def _ranges(groups: NodeGroups, budget: Budget) -> str:
-    """Return the range of widths of each kind, in words."""
-    kept: dict[str, list[int]] = {}
-    for group in groups.values():
-        if any(groups[name].kind == group.kind for name in budget.removed_units) and group.prunable:
-            kept.setdefault(group.kind, []).append(group.size - budget.removed_units.get(group.name, 0))
-    return ", ".join(f"{kind}: {min(counts)} to {max(counts)}" for kind, counts in kept.items())

@@ -64,10 +64,12 @@ def targets(groups: NodeGroups, kinds: Collection[str]) -> list[NodeGroup]:
     """Return the prunable groups of the given kinds.
 
     Raises:
-        RecipeError: If a kind names no group at all.
+        RecipeError: If no kind is given, or one names no group at all.
         NothingPrunableError: If none of the groups may be pruned; lists the reasons.
     """
     present = {group.kind for group in groups.values()}
+    if not kinds:
+        raise RecipeError("no kind of node groups is named", f"this model has {', '.join(sorted(present))}")
     for kind in kinds:
         if kind not in present:
             raise RecipeError(f"no group is of kind '{kind}'", f"this model has {', '.join(sorted(present))}")
@@ -161,6 +163,11 @@ def allot(
     step = max(smallest_step(items, tied), tied.resolution * before)
     kinds = ", ".join(sorted({groups[name].kind for name in curves}))
     if step == math.inf:
+        if any(len(item.choices) > 1 for item in items):
+            raise BudgetError(
+                f"no unit of {kinds} saves any {cost.name}",
+                "choose other kinds, or another budget (recipe: prune.kinds, prune.budget)",
+            )
         raise BudgetError(
             f"no group can lose a unit, save {cost.name}, and keep {keep_at_least:.0%} of its units and a multiple "
             f"of {multiple}",

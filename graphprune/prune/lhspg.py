@@ -176,11 +176,11 @@ class LHSPG(torch.optim.AdamW):
         Raises:
             TrainingError: If a gradient is not finite; nothing has been changed then.
         """
-        loss = finite_loss(self, closure, self._steps)
+        loss = finite_loss(self, closure, self._steps, pruning=bool(self._units))
         for name, observed in self._fading.observe().items():
             self._saliency[name].mul_(self._memory).add_(observed, alpha=1 - self._memory)
         super().step()
-        if self._units and self.param_groups[0]["lr"] > 0:
+        if self.param_groups[0]["lr"] > 0:
             self._advance()
         self._fading.hold()
         return loss
@@ -241,7 +241,7 @@ class LHSPG(torch.optim.AdamW):
     def _advance(self) -> None:
         place = self._schedule.place(self._steps)
         self._steps += 1
-        if place is None:
+        if place is None or not self._units:
             return
         period, steps_left = place
         if steps_left == self._schedule.period_steps:

@@ -131,15 +131,15 @@ class LoRAPrune(torch.optim.AdamW):
         Raises:
             TrainingError: If a gradient is not finite; nothing has been changed then.
         """
-        loss = finite_loss(self, closure, self._steps)
-        counts = bool(self._units) and self.param_groups[0]["lr"] > 0
-        if counts and self._schedule.share(self._steps) < 1:
+        loss = finite_loss(self, closure, self._steps, pruning=bool(self._units))
+        counts = self.param_groups[0]["lr"] > 0
+        if counts and self._units and self._schedule.share(self._steps) < 1:
             self._observe()
         self.gates.release()
         super().step()
         if counts:
             self._steps += 1
-            if self._schedule.is_due(self._steps):
+            if self._units and self._schedule.is_due(self._steps):
                 self._remove(self._schedule.share(self._steps))
         return loss
 

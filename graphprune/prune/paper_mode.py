@@ -217,7 +217,7 @@ def _part(weight: nn.Parameter, group: NodeGroup, member: Member, update: Adapte
     if update is None and weight.requires_grad and weight.dim() > 1:
         raise TrainingError(
             f"{member.parameter} trains, and is no factor of W x + s BA x in the model as traced",
-            "use plain LoRA adapters on frozen weights, or mode='gated'",
+            "use plain LoRA adapters on frozen weights",
         )
     if update is not None and member.axis != int(update.transposed):
         raise TrainingError(

@@ -94,12 +94,12 @@ class ParameterGroups:
                     f"'{name}' is not among the groups that may lose units", "see param_groups(kinds=...)"
                 )
             group = prunable[name]
-            if not 0 <= count <= group.size - group.minimum:
+            if count % 1 or not 0 <= count <= group.size - group.minimum:
                 raise TrainingError(
                     f"'{name}' has {group.size} units and cannot lose {count}: {group.minimum} must stay",
-                    "lower the target",
+                    "give a whole number, and no more than that",
                 )
-        return {name: count for name, count in units.items() if count}
+        return {name: int(count) for name, count in units.items() if count}
 
 
 def param_groups(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from graphprune.errors import TrainingError
 
@@ -17,7 +17,7 @@ class Schedule:
         period_steps: Steps of a period.
 
     Raises:
-        TrainingError: If there is no period, or a period has no step.
+        TrainingError: If there is no period, or a period has no step, or a number is not whole.
     """
 
     warmup_steps: int
@@ -25,6 +25,9 @@ class Schedule:
     period_steps: int
 
     def __post_init__(self) -> None:
+        for name, number in asdict(self).items():
+            if number % 1:
+                raise TrainingError(f"{name} is {number}, and a schedule is made of whole steps", "round it")
         if self.warmup_steps < 0 or self.periods < 1 or self.period_steps < 1:
             raise TrainingError(
                 f"a schedule of {self.warmup_steps} warm-up steps and {self.periods} periods of "

@@ -108,9 +108,17 @@ class Gates:
         """Return the gates' gradients, and clear them.
 
         Raises:
-            TrainingError: If a gate has none: the module that owns a consumer's weight is not called.
+            TrainingError: If a gate has none: the module that owns a consumer's weight is not called, or no
+                gradient has come to any gate.
         """
         self.release()
+        if self.values and all(value.grad is None for value in self.values.values()):
+            raise TrainingError(
+                "no gradient has come to the gates of any unit",
+                "call backward() before this, on outputs that were computed outside gates.opened() and before "
+                "close(); where that is so, nothing calls the modules that read the units: choose other kinds "
+                "(recipe: prune.kinds)",
+            )
         found = {}
         for name, value in self.values.items():
             if value.grad is None:

@@ -15,7 +15,6 @@ import torch
 from safetensors.numpy import load_file
 
 from graphprune.errors import (
-    BudgetError,
     GraphPruneError,
     RecipeError,
     RunFolderError,
@@ -273,6 +272,7 @@ def test_a_run_whose_process_was_killed_goes_on_and_leaves_no_rubbish(bench, tmp
         (("evaluate: evaluate.txt", "evaluate: train.txt"), RecipeError, "share documents"),
         (("evaluate_window: 32", "evaluate_window: 4000"), SourceError, "too short"),
         (("format: nf4", "format: nf5"), RecipeError, "quantize.format"),
+        (("block_size: 16", "block_size: 8"), RecipeError, "quantize.block_size: a block of 8 weights"),
         (("settle_steps: 1", "settle_steps: 1\n  saliency: magic"), RecipeError, "no saliency 'magic'"),
         (("settle_steps: 1", "settle_steps: 1\n  kinds: [fnn]"), RecipeError, "did you mean 'ffn'"),
         (("seed: 3", "seed: 4"), RunFolderError, "another recipe"),
@@ -348,21 +348,6 @@ def test_a_folder_that_another_process_holds_is_refused(finished, bench):
     assert content(folder) == before
 
 
-def test_layers_of_different_widths_are_refused_before_any_training_where_none_were_asked_for(
-    bench, tmp_path
-):
-    """The most sensitive group stays whole, the others do not; what was measured stays, with its picture."""
-    distribution = "distribution: {ratios: [0.25, 0.5], windows: 2, unprunable: 0.3}"
-    recipe = bench.with_recipe(remove=("  remove: 0.2", f"  remove: 0.1\n  {distribution}"))
-    with pytest.raises(BudgetError, match=r"layers would have different widths \(.*\d to \d") as caught:
-        run(recipe, tmp_path / "RUN", SILENT)
-    assert "set prune.layout to per_layer" in str(caught.value)
-    assert not (tmp_path / "RUN" / "training").exists()
-    measured = json.loads((tmp_path / "RUN" / "graph" / "distribution.json").read_text())["groups"]
-    assert {name.rpartition(":")[2] for name in measured} == {"ffn", "attention_heads"}
-    assert (tmp_path / "RUN" / "graph" / "distribution.svg").read_text().startswith("<svg")
-
-
 def test_layers_of_different_widths_come_through_to_the_end(bench, tmp_path):
     """Heads and channels both, by another process that opens the float model, and by the verified ONNX file."""
     distribution = "distribution: {ratios: [0.25, 0.5], windows: 2, unprunable: 0.25}"
@@ -387,6 +372,9 @@ def test_layers_of_different_widths_come_through_to_the_end(bench, tmp_path):
     )
     assert done.stdout.split()[-2:] == [str(report.parameters.after), "LlamaForCausalLM"]
     assert report.model.opened_by == "graphprune.load"
+    measured = json.loads((folder / "graph" / "distribution.json").read_text())["groups"]
+    assert {name.rpartition(":")[2] for name in measured} == {"ffn", "attention_heads"}
+    assert (folder / "graph" / "distribution.svg").read_text().startswith("<svg")
     assert 'id="distribution' in (folder / "report.html").read_text()
     notes = {stage.name: stage.note for stage in report.stages}
     assert "opened by graphprune.load, for layers differ in width" in notes["reload"]

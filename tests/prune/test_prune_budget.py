@@ -86,7 +86,7 @@ def test_the_cache_shrinks_by_heads_alone(llama):
     assert {llama.groups[name].kind for name in budget.removed_units} == {"attention_heads"}
     assert budget.removed_share == 0.25
     assert budget.unit == "kv_bytes"
-    with pytest.raises(BudgetError, match="no group can lose a unit, save kv_bytes"):
+    with pytest.raises(BudgetError, match="no unit of ffn saves any kv_bytes"):
         budget_of(llama, 0.25, kinds=("ffn",), unit="kv_bytes")
 
 
@@ -207,6 +207,8 @@ def test_a_score_that_is_no_number_is_not_sorted(llama):
 
 
 def test_a_kind_that_is_not_there_and_one_that_may_not_go(llama):
+    with pytest.raises(RecipeError, match="no kind of node groups is named"):
+        targets(llama.groups, ())
     with pytest.raises(RecipeError, match="no group is of kind 'expert'"):
         targets(llama.groups, ["expert"])
     with pytest.raises(NothingPrunableError, match="reads its rows by number"):

@@ -197,14 +197,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(mode):
 
 def test_processes_agree_on_saliency(tmp_path):
     """Each has its share of the batch; a wrapped model averages its own gradients alone."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a forked process may inherit a lock that nobody releases
     results = context.Queue()
-    workers = [context.Process(target=one_process, args=(rank, tmp_path, results)) for rank in range(2)]
+    workers = [
+        context.Process(target=one_process, args=(rank, tmp_path, results), daemon=True) for rank in range(2)
+    ]
     for worker in workers:
         worker.start()
-    found = [results.get(timeout=60) for _ in workers]
+    found = [results.get(timeout=240) for _ in workers]
     for worker in workers:
-        worker.join()
+        worker.join(timeout=60)
     assert found == [[4.0] * 24] * 2  # the square of the mean of 1 and 3
 
 
@@ -234,6 +236,54 @@ def test_a_gradient_that_is_not_finite_stops_the_step_before_anything_changes(mo
     undisturbed = Bench(mode=mode)
     undisturbed.steps(8)
     assert bench.optimizer.plan == undisturbed.optimizer.plan
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_step_is_named_where_nothing_is_to_be_removed_too(mode):
+    bench = Bench(mode=mode, units=None, remove=0.0)
+    bench.steps(5)
+    (bench.loss(IDS) * float("nan")).backward()
+    with pytest.raises(TrainingError, match="not finite at step 5"):
+        bench.optimizer.step()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loss_that_is_not_finite_stops_the_step_though_gradients_are(mode):
+    bench = Bench(mode=mode)
+    bench.steps(3)
+    before = bench.snapshot()
+
+    def closure() -> torch.Tensor:
+        bench.loss(IDS).backward()
+        return torch.tensor(float("nan"))
+
+    with pytest.raises(TrainingError, match="the loss is not finite at step 3"):
+        bench.optimizer.step(closure)
+    assert all(torch.equal(value, before[name]) for name, value in bench.snapshot().items())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_without_a_backward_is_refused(mode):
+    bench = Bench(mode=mode)
+    left = bench.optimizer.steps_left
+    with pytest.raises(TrainingError, match="no gradient at step 0"):
+        bench.optimizer.step()
+    assert bench.optimizer.steps_left == left
+
+
+@pytest.mark.parametrize("mistake", ["opened", "closed"])
+def test_gradients_that_never_reach_the_gates_are_told_as_that(mistake):
+    bench = Bench()
+    if mistake == "closed":
+        bench.optimizer.close()
+        bench.loss(IDS).backward()
+    else:
+        with bench.optimizer.gates.opened():
+            bench.loss(IDS).backward()
+    with pytest.raises(
+        TrainingError, match=r"no gradient has come to the gates(.|\n)*outside gates.opened\(\)"
+    ):
+        bench.optimizer.step()
 
 
 def test_a_closure_is_called_and_its_loss_returned():
@@ -276,6 +326,10 @@ def test_gates_come_off():
     ("options", "message"),
     [
         ({"ffn": 48}, "cannot lose 48"),
+        ({"ffn": 1.5}, r"cannot lose 1\.5"),
+        ({"warmup_steps": 2.5}, "warmup_steps is 2.5"),
+        ({"period_steps": 2.5}, "period_steps is 2.5"),
+        ({"periods": 1.5}, "periods is 1.5"),
         ({"units": {"nothing": 1}}, "'nothing' is not among the groups"),
         ({"periods": 0}, "removes nothing"),
         ({"period_steps": 0}, "removes nothing"),

@@ -245,6 +245,17 @@ def test_a_gradient_that_is_no_number_changes_nothing():
     assert bench.optimizer.counts["zeroed"] == 0
 
 
+def test_a_step_without_gradients_is_refused_and_the_step_is_named_with_nothing_to_remove():
+    bench = LoRABench()
+    with pytest.raises(TrainingError, match="no gradient at step 0"):
+        bench.optimizer.step()
+    idle = LoRABench(units={})
+    idle.steps(5)
+    (idle.loss(IDS) * float("nan")).backward()
+    with pytest.raises(TrainingError, match="not finite at step 5"):
+        idle.optimizer.step()
+
+
 def test_a_closure_is_called_and_its_loss_returned():
     by_closure, by_hand = LoRABench(), LoRABench()
 

@@ -52,6 +52,7 @@ def test_numbers_are_read_as_yaml_1_2_has_them(tmp_path):
         (GOOD + "recover: {sources: [a.txt]}\n", "input should be a mapping of keys"),
         (GOOD + "prune: {kinds: ffn}\n", "input should be a list"),
         (GOOD + "prune: {distribution: {unprunable: 0.3}}\n", "without ratios nothing is measured"),
+        (GOOD + "prune: {distribution: {ratios: [0.5], unprunable: 0.3}}\n", "set prune.layout to per_layer"),
         (GOOD + "prune: {loraprune: {warmup: 0.6, cooldown: 0.5}}\n", "leaves no step in which units go"),
         (GOOD + "prune: {method: blocks, repair: bias}\n", "with method blocks nothing reads prune.repair"),
         (GOOD + "prune: {loraprune: {steps: 9}}\n", "with method lhspg nothing reads prune.loraprune"),
