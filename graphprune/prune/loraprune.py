@@ -33,7 +33,7 @@ class LoRAPrune(torch.optim.AdamW):
 
     Args:
         params: From `param_groups`.
-        schedule: When units go.
+        schedule: When units go, such as `CubicSchedule(steps=300)`.
         lr: AdamW's learning rate.
         remove: The share of parameters to remove, 0 to 1: the same share of each kind, as in the paper.
         units: How many units each group loses by the end, in the place of `remove`.
