@@ -130,7 +130,7 @@ def test_widths_that_a_class_has_no_setting_for_are_refused_before_anything_slow
         ),
         ("method: blocks", BudgetError, r"70.0% of the parameters cannot be removed by whole blocks"),
         ("saliency: cosine", TrainingError, "the adapters in .* move none of its weights"),
-        ("budget: kv_bytes\n  kinds: [ffn]", BudgetError, "no group can lose a unit"),
+        ("budget: kv_bytes\n  kinds: [ffn]", BudgetError, "no unit of ffn saves any kv_bytes"),
         ("kinds: [hidden]", TrainingError, "a norm counts the units"),
     ],
 )
