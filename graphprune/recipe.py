@@ -255,6 +255,11 @@ class Quantize(_Section):
     guided: Switch = Field(
         default=True, description="with calibration windows, let errors count by how much they raise the loss"
     )
+    reconstruction_epochs: Steps = Field(
+        default=0,
+        description="with calibration windows, passes over them in which codes, scales and adapters of each block are "
+        "trained together for what the dense block puts out",
+    )
     scale_storage: Literal["float32", "float16", "double"] = Field(
         default="float32", description="of the blocks' scales; double quantizes them too"
     )
@@ -270,7 +275,9 @@ class Quantize(_Section):
     def _nothing_is_set_in_vain(self) -> Self:
         idle = [("bits", "mix_formats")] if self.bits is None else []
         if not self.calibration_windows:
-            idle += [("calibration_windows", "propagation"), ("calibration_windows", "guided")]
+            idle += [
+                ("calibration_windows", name) for name in ("propagation", "guided", "reconstruction_epochs")
+            ]
         for missing, name in idle:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"without {missing} nothing reads quantize.{name}")

@@ -10,7 +10,7 @@ from quant.apply import LayerReport, loftq_model
 from quant.blockwise import quantize
 from quant.calibration import collect_covariances
 from quant.codebooks import Format, format_names, get_format, register_format
-from quant.config import LoftQConfig
+from quant.config import LoftQConfig, Reconstruction
 from quant.covariance import InputNorm
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
@@ -36,6 +36,7 @@ __all__ = [
     "QuantError",
     "QuantLinear",
     "QuantizedTensor",
+    "Reconstruction",
     "Scales",
     "cache_dequantized",
     "collect_covariances",

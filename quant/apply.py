@@ -5,24 +5,25 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from quant.affine import StandIn, linearized
 from quant.blockwise import quantize
 from quant.calibration import Batch, as_batches, collect_covariances, evaluation
-from quant.chain import find_chain
-from quant.config import LoftQConfig, check_formats
+from quant.chain import BlockCall, find_chain
+from quant.config import LoftQConfig, Reconstruction, check_formats
 from quant.embedding import QuantEmbedding
 from quant.errors import QuantError
 from quant.guidance import Loss, check_loss, token_importance
 from quant.linear import QuantLinear
 from quant.loftq import loftq, relative_error
 from quant.quantized import QuantizedTensor
+from quant.reconstruction import reconstruct_block_
 from quant.row_scale import row_scale
-from quant.sequential import quantize_chain
+from quant.sequential import Compress, Finish, quantize_chain
 from quant.shared import SharedWeight, shared_weights
 from quant.tree import replace_module_
 
@@ -38,6 +39,8 @@ class LayerReport:
         errors: Relative errors, as in `LoftQResult`: of plain quantization, then after each LoftQ iteration.
         bytes_before: Bytes of weight and bias.
         bytes_after: Bytes of codes, scales, adapters and bias.
+        block_errors: With `LoftQConfig.reconstruction`, the error of what the layer's block puts out, before and after
+            that; `errors` are from before then. None for layers outside of the model's chain of blocks.
     """
 
     name: str
@@ -46,10 +49,11 @@ class LayerReport:
     errors: tuple[float, ...]
     bytes_before: int
     bytes_after: int
+    block_errors: tuple[float, float] | None = None
 
     @property
     def error(self) -> float:
-        """Of what the layer holds now: the least of `errors`."""
+        """Of what LoftQ left in the layer: the least of `errors`."""
         return min(self.errors)
 
 
@@ -100,6 +104,8 @@ def _loftq_linears(
     check_loss(loss, batches)
     if config.compensated and batches is None:
         raise QuantError("compensated rounding without calibration batches", "pass `batches`")
+    if config.reconstruction is not None and batches is None:
+        raise QuantError("reconstruction without calibration batches", "pass `batches`")
     groups = shared_weights(model, config)
     check_formats(config.formats, [name for group in groups for name in group.layers])
     total = sum(len(group.layers) for group in groups)
@@ -113,9 +119,33 @@ def _loftq_linears(
             if on_layer is not None:
                 on_layer(report.name, len(reports), total)
 
+    def finish(
+        name: str,
+        block: nn.Module,
+        calls: Sequence[BlockCall],
+        inputs: list[Tensor],
+        targets: list[Tensor],
+    ) -> list[Tensor]:
+        found = reconstruct_block_(
+            block,
+            calls,
+            inputs,
+            targets,
+            config.reconstruction or Reconstruction(),
+            layer_seed(config.seed, name),
+        )
+        errors = found.before, found.after
+        reports[:] = [
+            replace(report, block_errors=errors) if report.name.startswith(f"{name}.") else report
+            for report in reports
+        ]
+        return found.outputs
+
     del groups
     covariances = (
-        {} if batches is None else _calibrate(model, as_batches(batches), loss, waiting, config, compress)
+        {}
+        if batches is None
+        else _calibrate(model, as_batches(batches), loss, waiting, config, compress, finish)
     )
     for name in list(waiting):
         compress(name, waiting[name].weight.detach(), covariances.get(name))
@@ -128,7 +158,8 @@ def _calibrate(
     loss: Loss | None,
     groups: dict[str, SharedWeight],
     config: LoftQConfig,
-    compress: Callable[[str, Tensor, Tensor | None], None],
+    compress: Compress,
+    finish: Finish,
 ) -> dict[str, Tensor]:
     """Compress the layers of the model's chain of blocks, and return the covariances of the others."""
     alone = {
@@ -143,6 +174,13 @@ def _calibrate(
         importance = {name: found.calls for name, found in measured.items()}
     with evaluation(model):
         chain = find_chain(model, batches, list(alone))
+        reconstructed = config.reconstruction is not None
+        if reconstructed and chain is None:
+            raise QuantError(
+                "no layer to quantize is in a chain of blocks, an nn.ModuleList of which each runs once on what the "
+                "one before puts out, so that no block can be reconstructed",
+                "quantize without `reconstruction`",
+            )
         inside = (
             {}
             if chain is None
@@ -152,7 +190,9 @@ def _calibrate(
         # Before anything is compressed: these layers are fitted to the model as it was.
         covariances = collect_covariances(model, batches, outside, importance) if outside else {}
         if chain is not None:
-            quantize_chain(chain, inside, config.propagation, compress, importance)
+            quantize_chain(
+                chain, inside, config.propagation, compress, importance, finish if reconstructed else None
+            )
     return covariances
 
 

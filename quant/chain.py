@@ -27,14 +27,19 @@ class BlockCall:
     keywords: dict[str, Any]
     hidden_name: str | None
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, block: nn.Module, hidden: Tensor, gradients: bool = False) -> Tensor:
         """Call a block with a hidden state, and return the one that it puts out."""
         # A copy each time, since a cache among the arguments would grow with every call.
         arguments, keywords = copy.deepcopy((self.arguments, self.keywords))
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             if self.hidden_name is None:
                 return _first(block(hidden, *arguments, **keywords))
             return _first(block(*arguments, **{**keywords, self.hidden_name: hidden}))
+
+
+def run_block(block: nn.Module, calls: Sequence[BlockCall], hidden: Sequence[Tensor]) -> list[Tensor]:
+    """Return what a block puts out for each hidden state, each by its own call."""
+    return [each.run(block, state) for each, state in zip(calls, hidden, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

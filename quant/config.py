@@ -14,6 +14,38 @@ from quant.scales import Storage, check_storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reconstruction:
+    """How packed blocks are trained for what the dense ones put out; see `quant.reconstruction`.
+
+    Attributes:
+        epochs: Passes over the calibration batches, each batch a step.
+        code_rate: Learning rate of the numbers that codes round, in mean gaps between two levels.
+        scale_rate: Learning rate of scales and offsets, in such gaps times the layer's mean scale.
+        adapter_rate: Learning rate of the adapters.
+
+    Raises:
+        QuantError: A value is out of range.
+    """
+
+    epochs: int = 2
+    code_rate: float = 0.02
+    scale_rate: float = 0.003
+    adapter_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.epochs, int) or isinstance(self.epochs, bool) or self.epochs < 1:
+            raise QuantError(
+                f"reconstruction in {self.epochs!r} epochs is not possible",
+                "choose a whole number of at least 1, or no reconstruction",
+            )
+        for name in ("code_rate", "scale_rate", "adapter_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise QuantError(
+                    f"a {name} of {getattr(self, name)} is not possible", "choose one of at least 0"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoftQConfig:
     """What `loftq_model` does.
 
@@ -31,6 +63,8 @@ class LoftQConfig:
         compensated: Whether rounding makes up for its own errors; None for yes where there is calibration text.
         propagation: With calibration text, the share of what earlier layers shifted a layer's inputs by that
             its own weight takes back.
+        reconstruction: With calibration text, how codes, scales and adapters of each block are trained together
+            afterwards; None for not at all.
         seed: Of the random parts; each layer draws from its own stream.
         include: Regular expressions, or a single one; a linear layer is taken if one is found in its qualified name.
         exclude: Regular expressions, or a single one; a layer, or a tied group with one such name, is left as it is.
@@ -52,6 +86,7 @@ class LoftQConfig:
     iterations: int = 5
     compensated: bool | None = None
     propagation: float = 0.5
+    reconstruction: Reconstruction | None = None
     seed: int = 0
     include: tuple[str, ...] = (".*",)
     exclude: tuple[str, ...] = ()

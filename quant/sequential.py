@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from quant.calibration import InputSum, watched
-from quant.chain import BlockCall, Chain
+from quant.chain import BlockCall, Chain, run_block
 from quant.covariance import propagated_target
 from quant.errors import QuantError
 
@@ -20,6 +20,10 @@ MOST_STAGES = 8
 
 Compress = Callable[[str, Tensor, Tensor | None], None]
 """Called with a layer's name, the weight to come near to, and the covariance of its inputs or None without any."""
+
+Finish = Callable[[str, nn.Module, Sequence[BlockCall], list[Tensor], list[Tensor]], list[Tensor]]
+"""Called with the name of a compressed block, it, its calls, what these give it, and what the dense block puts out;
+returns what the compressed one puts out."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +44,7 @@ def quantize_chain(
     propagation: float,
     compress: Compress,
     importance: Mapping[str, Sequence[Tensor]] | None = None,
+    finish: Finish | None = None,
 ) -> None:
     """Measure and compress the layers of a chain, in place, in the order in which they run.
 
@@ -52,6 +57,7 @@ def quantize_chain(
         propagation: The share: 0 keeps each weight as its target, 1 trusts the calibration text fully.
         compress: Called once for each layer in the chain; it puts a compressed layer in its place.
         importance: What the inputs of each call of a layer count; those of layers that are not in it count 1.
+        finish: Called once for each block, when its layers are compressed.
     """
     weighted = importance or {}
     dense, quantized = list(chain.hidden), list(chain.hidden)
@@ -72,9 +78,10 @@ def quantize_chain(
                     _compress_layer(name, stage.layers[name], measured, propagation, compress)
         for name in inside.keys() - {name for stage in stages for name in stage.layers}:
             compress(name, inside[name].weight, None)
-        quantized = [
-            each.run(block, hidden) for each, hidden in zip(chain.calls[index], quantized, strict=True)
-        ]
+        if finish is not None:
+            quantized = finish(prefix[:-1], block, chain.calls[index], quantized, dense)
+        else:
+            quantized = run_block(block, chain.calls[index], quantized)
 
 
 def _run_dense(
@@ -97,7 +104,7 @@ def _run_dense(
     with ExitStack() as hooks:
         for name, layer in layers.items():
             hooks.enter_context(watched(layer, partial(saw, name)))
-        outputs = [each.run(block, state) for each, state in zip(calls, hidden, strict=True)]
+        outputs = run_block(block, calls, hidden)
     return stages, outputs
 
 

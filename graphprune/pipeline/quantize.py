@@ -19,7 +19,9 @@ from graphprune.pipeline.session import Session
 from graphprune.pipeline.stacks import check_stack, find_stacks, pack_stack_
 from graphprune.source.model import example_inputs
 from quant.apply import LayerReport, loftq_model
-from quant.config import LoftQConfig
+from quant.calibration import evaluation
+from quant.chain import find_chain
+from quant.config import LoftQConfig, Reconstruction
 from quant.errors import QuantError
 from quant.linear import QuantLinear
 from quant.mix import mix_for_bits
@@ -82,6 +84,22 @@ def quantize_stage(session: Session) -> str:
     return f"{_summary(model, layers)}; perplexity {value:.2f}"
 
 
+def check_reconstruction(session: Session) -> None:
+    """Raise if the recipe asks for blocks to be reconstructed, and the model is no chain of blocks."""
+    if not session.recipe.quantize.reconstruction_epochs:
+        return
+    model = session.adapted
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    with evaluation(model):
+        chain = find_chain(model, [session.examples], linears)
+    if chain is None:
+        raise QuantizationError(
+            f"{session.inputs.source.name} is no chain of blocks, each on what the one before puts out, so that no "
+            "block can be reconstructed",
+            "leave out quantize.reconstruction_epochs",
+        )
+
+
 def _config(session: Session, model: nn.Module) -> LoftQConfig:
     """Return the recipe's section as the quantizer takes it."""
     settings = session.recipe.quantize
@@ -92,6 +110,9 @@ def _config(session: Session, model: nn.Module) -> LoftQConfig:
         iterations=settings.iterations,
         scale_storage=settings.scale_storage,
         propagation=settings.propagation,
+        reconstruction=Reconstruction(epochs=settings.reconstruction_epochs)
+        if settings.reconstruction_epochs
+        else None,
         seed=session.recipe.seed,
         exclude=(*_untied_head(model), *settings.exclude),
         embedding_format=settings.embedding,

@@ -18,6 +18,7 @@ from graphprune.export.write import export_onnx
 from graphprune.files import remove, replacing, size_of, write_json, write_text
 from graphprune.pipeline.genai import write_genai
 from graphprune.pipeline.model_folder import save_adapter, save_model, save_recovered
+from graphprune.pipeline.quantize import check_reconstruction
 from graphprune.pipeline.session import Session
 from graphprune.pipeline.widths import budget_that_opens, describe_widths, measured_budget
 from graphprune.prune.budget import Budget, targets
@@ -58,6 +59,7 @@ def rehearse(session: Session) -> None:
     """Raise, in little time, if the model as traced cannot be pruned as the recipe asks."""
     if session.recipe.prune.repair == "bias":
         _check_biases(session)
+    check_reconstruction(session)
     check_task(_task(session, budget_that_opens))
 
 

@@ -13,7 +13,7 @@ from graphprune.pipeline.progress import Reporter
 from graphprune.pipeline.quantize import quantize_stage
 from graphprune.pipeline.session import Session
 from graphprune.recipe_file import load_recipe
-from quant import QuantLinear
+from quant import QuantLinear, loftq_model
 from quant.mix import mix_for_bits
 
 SETTINGS = "{format: nf4, block_size: 16, rank: 4, iterations: 2, embedding: int8, calibration_windows: 4,"
@@ -71,6 +71,37 @@ def test_layers_share_a_budget_of_bits(quantized, monkeypatch, bits, calibrated)
     assert (session.folder / "quant").is_dir()
 
 
+def test_blocks_are_reconstructed(quantized, monkeypatch):
+    reports = []
+
+    def kept(*arguments, **settings):
+        found = loftq_model(*arguments, **settings)
+        reports.extend(found[1])
+        return found
+
+    monkeypatch.setattr(quantize, "loftq_model", kept)
+    quantized(
+        "{format: uint2, block_size: 16, rank: 4, iterations: 1, embedding: int8, calibration_windows: 4, "
+        "reconstruction_epochs: 2,"
+    )
+    blocks = [report.block_errors for report in reports if report.block_errors is not None]
+    assert blocks
+    assert all(after <= before for before, after in blocks)
+    assert any(after < before for before, after in blocks)
+
+
+def test_blocks_that_are_no_chain_are_told_before_any_work(bench, tmp_path, monkeypatch):
+    from contextlib import ExitStack
+
+    recipe = bench.with_recipe(quantize=(SETTINGS, f"{SETTINGS} reconstruction_epochs: 1,"))
+    with ExitStack() as stack:
+        session = session_of(recipe, tmp_path / "RUN", stack)
+        quantize.check_reconstruction(session)
+        monkeypatch.setattr(quantize, "find_chain", lambda *_: None)
+        with pytest.raises(QuantizationError, match="no block can be reconstructed"):
+            quantize.check_reconstruction(session)
+
+
 def test_a_budget_below_the_narrowest_format_is_refused_before_anything_is_run(bench):
     recipe = bench.with_recipe(quantize=(SETTINGS, "{bits: 2.5, block_size: 16, embedding: int8,"))
     with pytest.raises(RecipeError, match=r"quantize.bits: 2.5 bits a weight, and uint2 takes 3.016"):
@@ -82,6 +113,10 @@ def test_a_budget_below_the_narrowest_format_is_refused_before_anything_is_run(b
     [
         ("{mix_formats: [uint2],", "without bits nothing reads quantize.mix_formats"),
         ("{propagation: 0.7,", "without calibration_windows nothing reads quantize.propagation"),
+        (
+            "{reconstruction_epochs: 1,",
+            "without calibration_windows nothing reads quantize.reconstruction_epochs",
+        ),
         ("{guided: false,", "without calibration_windows nothing reads quantize.guided"),
         ("{bits: 4, format: nf2,", "nothing reads quantize.format"),
         ("{bits: 4, mix_formats: [uint5],", "quantize.mix_formats: .*uint5"),
