@@ -76,6 +76,8 @@ def cases() -> list[Case]:
     found.append(Case("uint2: guided", {"format": "uint2", **double}, calibrated=True, guided=True))
     mixed = {"iterations": 3, "scale_storage": "double", "propagation": 0.7}
     found.append(Case("2.6 bits: guided mix", mixed, calibrated=True, guided=True, bits=2.6))
+    trained = {**mixed, "reconstruction": quant.Reconstruction()}
+    found.append(Case("2.6 bits: guided mix, reconstructed", trained, calibrated=True, guided=True, bits=2.6))
     return found
 
 
