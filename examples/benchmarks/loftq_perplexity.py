@@ -1,11 +1,14 @@
-"""Perplexity of a quantized model before and after a short training of its adapters, for several initializations.
+r"""Perplexity of a quantized model before and after a short training of its adapters, for several initializations.
 
     python examples/benchmarks/loftq_perplexity.py --output runs/loftq_perplexity.jsonl
     python examples/benchmarks/loftq_perplexity.py --only "nf2" --steps 0
+    python examples/benchmarks/loftq_perplexity.py --only reconstructed --seeds 0 --keep runs/models \
+        --with-c4 --steps 400 --learning-rate 4e-4 --distill 4 --output runs/reconstructed.jsonl
 
 All linear layers but the head are quantized, whole model, blocks of 64 unless said otherwise. Perplexity on the start
 of WikiText-2's test split (windows of 512 tokens); calibration and training on Wikipedia articles. Each finished row is
-appended to the output, and a second run goes on behind it. Hours on two cores; `--only` and `--seeds` cut it down.
+appended to the output, and a second run goes on behind it. Hours on two cores; `--only` and `--seeds` cut it down. With
+`--keep`, what was quantized or mixed is written to that folder and read by later runs, of other steps for one.
 """
 
 from __future__ import annotations
@@ -43,8 +46,9 @@ class Case:
         name: Shown, and how a finished row is known.
         settings: What differs from the defaults of `LoftQConfig`.
         calibrated: Whether calibration text is used.
-        guided: Whether errors count by the language model's loss.
-        bits: Budget of a mix of formats, in bits a weight without adapters; None for `settings` as they are.
+        guided: Whether errors of the layers count by the language model's loss.
+        bits: Budget of a mix of formats, in bits a weight without adapters, chosen by the language model's loss; None
+            for `settings` as they are.
     """
 
     name: str
@@ -77,7 +81,7 @@ def cases() -> list[Case]:
     mixed = {"iterations": 3, "scale_storage": "double", "propagation": 0.7}
     found.append(Case("2.6 bits: guided mix", mixed, calibrated=True, guided=True, bits=2.6))
     trained = {**mixed, "reconstruction": quant.Reconstruction()}
-    found.append(Case("2.6 bits: guided mix, reconstructed", trained, calibrated=True, guided=True, bits=2.6))
+    found.append(Case("2.6 bits: guided mix, reconstructed", trained, calibrated=True, bits=2.6))
     return found
 
 
@@ -91,6 +95,7 @@ class Bench:
     evaluate: Windows
     steps: int
     training: Training
+    keep: Path | None
 
     @classmethod
     def open(cls, folder: Path, given: argparse.Namespace) -> Bench:
@@ -108,6 +113,7 @@ class Bench:
             evaluate=cut(["wikitext2.jsonl"], 512, 16),
             steps=given.steps,
             training=Training(learning_rate=given.learning_rate, batch_size=4, distill=given.distill),
+            keep=given.keep,
         )
 
     def model(self) -> Any:
@@ -118,18 +124,42 @@ class Bench:
         """Return the perplexity on the evaluation windows."""
         return perplexity(torch_logits(model), self.evaluate)
 
-    def run(self, case: Case, seed: int) -> dict[str, Any]:
-        """Quantize, measure, train, measure."""
-        model, start = self.model(), time.process_time()
+    def quantized(self, case: Case, seed: int) -> tuple[Any, float]:
+        """Return a quantized model, and the CPU seconds that it took when it was made."""
+        model, kept = self.model(), self.keep and self.keep / f"{case.name}, seed {seed}"
+        if kept and (kept / "seconds.json").exists():
+            quant.load_quantized_(model, kept)
+            return model, json.loads((kept / "seconds.json").read_text())
+        start = time.process_time()
         config = quant.LoftQConfig(rank=16, seed=seed, exclude=("lm_head",), **case.settings)
         batches = [{"input_ids": ids, "labels": ids} for ids in self.calibrate.ids.split(2)]
-        loss = _loss if case.guided else None
         if case.bits is not None:
-            quick, few = replace(config, iterations=1), batches[:MIX_BATCHES]
-            mix = quant.mix_for_bits(model, quick, case.bits, MIX_FORMATS, few, loss=loss)
-            config = replace(config, formats=mix.formats)
+            config = replace(config, formats=self.mix(config, case.bits, batches[:MIX_BATCHES]))
+        loss = _loss if case.guided else None
         quant.loftq_model(model, config, batches if case.calibrated else None, loss=loss)
         seconds = time.process_time() - start
+        if kept:
+            quant.save_quantized(model, kept)
+            (kept / "seconds.json").write_text(json.dumps(seconds))
+        return model, seconds
+
+    def mix(
+        self, config: quant.LoftQConfig, bits: float, batches: list[dict[str, Any]]
+    ) -> tuple[tuple[str, Any], ...]:
+        """Return a format for each layer, so many bits a weight in all."""
+        kept = self.keep and self.keep / f"{bits} bits, seed {config.seed}.json"
+        if kept and kept.exists():
+            return tuple((pattern, format) for pattern, format in json.loads(kept.read_text()))
+        quick = replace(config, iterations=1, reconstruction=None)
+        formats = quant.mix_for_bits(self.model(), quick, bits, MIX_FORMATS, batches, loss=_loss).formats
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(formats))
+        return formats
+
+    def run(self, case: Case, seed: int) -> dict[str, Any]:
+        """Quantize, measure, train, measure."""
+        model, seconds = self.quantized(case, seed)
         packed = [module for module in model.modules() if isinstance(module, quant.QuantLinear)]
         weights = sum(layer.in_features * layer.out_features for layer in packed)
         adapters = sum(layer.rank * (layer.in_features + layer.out_features) for layer in packed)
@@ -163,6 +193,7 @@ def main() -> None:
     parser.add_argument("--distill", type=float, default=1.0)
     parser.add_argument("--with-c4", action="store_true", help="train on C4 too; give another output then")
     parser.add_argument("--calibration-windows", type=int, default=128)
+    parser.add_argument("--keep", type=Path, help="folder of quantized models, for later runs")
     arguments = parser.parse_args()
     bench = Bench.open(arguments.model or demo_folder(), arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
