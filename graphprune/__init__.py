@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from graphprune.prune.cubic_schedule import CubicSchedule as CubicSchedule
     from graphprune.prune.lhspg import LHSPG as LHSPG
     from graphprune.prune.loraprune import LoRAPrune as LoRAPrune
+    from graphprune.prune.one_shot import prune_one_shot as prune_one_shot
     from graphprune.prune.onnx import prune_onnx as prune_onnx
     from graphprune.prune.paper_mode import PaperChoices as PaperChoices
     from graphprune.prune.param_groups import param_groups as param_groups
+    from graphprune.prune.repair.activations import Calibration as Calibration
+    from graphprune.prune.repair.least_squares import LeastSquares as LeastSquares
     from graphprune.prune.trainer_callback import LHSPGCallback as LHSPGCallback
     from graphprune.shrink.load import load as load
     from graphprune.shrink.model import shrink as shrink
@@ -35,9 +38,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Calibration": "graphprune.prune.repair.activations",
     "CubicSchedule": "graphprune.prune.cubic_schedule",
     "LHSPG": "graphprune.prune.lhspg",
     "LHSPGCallback": "graphprune.prune.trainer_callback",
+    "LeastSquares": "graphprune.prune.repair.least_squares",
     "LoRAPrune": "graphprune.prune.loraprune",
     "NodeGroup": "graphprune.coupling.node_group",
     "PaperChoices": "graphprune.prune.paper_mode",
@@ -47,6 +52,7 @@ _HOME = {
     "load": "graphprune.shrink.load",
     "node_groups": "graphprune.coupling.groups",
     "param_groups": "graphprune.prune.param_groups",
+    "prune_one_shot": "graphprune.prune.one_shot",
     "prune_onnx": "graphprune.prune.onnx",
     "quantize_onnx": "graphprune.export.quantize_onnx",
     "rule": "graphprune.coupling.rules",
@@ -61,8 +67,10 @@ _PACKAGES = ("certify", "shrink", "trace")  # called like the function that they
 
 __all__ = [
     "LHSPG",
+    "Calibration",
     "CubicSchedule",
     "LHSPGCallback",
+    "LeastSquares",
     "LoRAPrune",
     "NodeGroup",
     "PaperChoices",
@@ -72,6 +80,7 @@ __all__ = [
     "load",
     "node_groups",
     "param_groups",
+    "prune_one_shot",
     "prune_onnx",
     "quantize_onnx",
     "rule",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -22,6 +23,12 @@ from graphprune.source.adapters import attach_adapters
 settings.register_profile("graphprune", deadline=None, derandomize=True, max_examples=200)
 settings.register_profile("deep", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "graphprune"))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of every later collection of garbage, which would look at half a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -48,7 +48,7 @@ class LHSPG(torch.optim.AdamW):
         units: How many units each group loses by the end, in the place of `remove`.
         width_multiple: With `remove`: kept units are a multiple of this, by kind; see `ParameterGroups.units`.
         mode: ``gated`` or ``paper``.
-        paper: What the paper leaves open, for its mode.
+        paper: What the paper leaves open, for its mode alone; None for what `PaperChoices` takes.
         warmup_steps: Steps before the first unit becomes redundant.
         periods: Number of periods.
         period_steps: Steps of a period.
@@ -229,6 +229,8 @@ class LHSPG(torch.optim.AdamW):
 
     def _faded_by(self, mode: Mode, params: ParameterGroups, paper: PaperChoices | None) -> Fading:
         if mode == "gated":
+            if paper is not None:
+                raise TrainingError("paper is of the paper mode alone", "leave it out, or give mode='paper'")
             return GatedMode(params, self._units)
         if mode == "paper":
             return PaperMode(params, self._units, paper or PaperChoices(), self._forget)

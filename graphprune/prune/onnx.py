@@ -14,7 +14,8 @@ from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import TrainingError
 from graphprune.prune.budget import Budget, Layout, allot, normalised_by_kind, score_curves, targets
 from graphprune.prune.costs import Measured, cost_named
-from graphprune.prune.repair.least_squares import HELD_OUT, predict
+from graphprune.prune.repair.activations import HELD_OUT
+from graphprune.prune.repair.least_squares import predict
 from graphprune.saliency.onnx import Reader, onnx_scores, readers_of, summed
 from graphprune.shrink.model import shrink
 from graphprune.shrink.onnx import fitting_model

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graphprune.errors import TrainingError
 from graphprune.saliency.activations import Reader, not_called, observable_dim, readers
 from graphprune.saliency.effective import EffectiveWeight
-from graphprune.saliency.gradient import losses
+from graphprune.saliency.gradient import differentiable_losses
 from graphprune.saliency.registry import Evidence
 from graphprune.saliency.units import Place
 
@@ -55,7 +55,7 @@ def curvatures(evidence: Evidence) -> list[Curvature]:
     found = readers(evidence)
     sums = _Sums()
     with _observing(evidence.model, found, sums):
-        for loss in losses(evidence):
+        for loss in differentiable_losses(evidence):
             sums.add_outputs(loss)
     return [
         Curvature(

@@ -34,13 +34,28 @@ def losses(evidence: Evidence) -> Iterator[Tensor]:
         )
 
 
+def differentiable_losses(evidence: Evidence) -> Iterator[Tensor]:
+    """Yield the loss of each batch.
+
+    Raises:
+        TrainingError: If there is no batch, or the loss is not finite or has no gradient.
+    """
+    for loss in losses(evidence):
+        if not loss.requires_grad:
+            raise TrainingError(
+                "this saliency looks at gradients of the loss, which has none",
+                "give batches with labels, or a loss; or score by wanda, flap or magnitude, which look at none",
+            )
+        yield loss
+
+
 def gate_gradients(evidence: Evidence) -> Iterator[dict[str, Tensor]]:
     """Yield the gates' gradients of the loss for each batch.
 
     Raises:
-        TrainingError: If there is no batch, or the loss is not finite.
+        TrainingError: If there is no batch, or the loss is not finite or has no gradient.
     """
-    for loss in losses(evidence):
+    for loss in differentiable_losses(evidence):
         loss.backward()
         yield evidence.gates.gradients()
 
@@ -51,7 +66,7 @@ def factor_gradients(evidence: Evidence, members: Iterable[AdaptedMember]) -> It
     Nothing else gets a gradient, and no `grad` is touched.
 
     Raises:
-        TrainingError: If a factor is frozen, there is no batch, or the loss is not finite.
+        TrainingError: If a factor is frozen, there is no batch, or the loss is not finite or has no gradient.
     """
     factors = {name: factor for member in members for name, factor in member.weight.factors().items()}
     frozen = [name for name, factor in factors.items() if not factor.requires_grad]
@@ -60,7 +75,7 @@ def factor_gradients(evidence: Evidence, members: Iterable[AdaptedMember]) -> It
             f"{frozen[0]} is frozen, and this saliency needs its gradient",
             "make it trainable: requires_grad_()",
         )
-    for loss in losses(evidence):
+    for loss in differentiable_losses(evidence):
         found = torch.autograd.grad(loss, list(factors.values()), materialize_grads=True)
         yield dict(zip(factors, found, strict=True))
 

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ class Evidence:
         model: The gated model, which is judged as its gates are.
         groups: Its node groups.
         gates: Gates on the groups to score.
-        batches: Token ids (batch, window), already limited to the calibration set.
+        batches: What `loss` takes, such as token ids (batch, window), already limited to the calibration set.
         loss: From a batch to the scalar that the model is judged by.
         seed: Of what is drawn at random.
     """
@@ -30,8 +31,8 @@ class Evidence:
     model: nn.Module
     groups: NodeGroups
     gates: Gates
-    batches: Iterable[Tensor]
-    loss: Callable[[Tensor], Tensor]
+    batches: Iterable[Any]
+    loss: Callable[[Any], Tensor]
     seed: int = 0
 
 

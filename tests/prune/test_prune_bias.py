@@ -50,7 +50,7 @@ def test_units_that_are_constant_go_without_a_trace():
         groups = gp.node_groups(gp.trace(model, INPUTS))
         dense = model(X)
         gates = Gates(model, groups, [width_of(groups)])
-        repair = Bias(model, groups, gates, Calibration(X, 2, model))
+        repair = Bias(model, groups, gates, Calibration.of_windows(X, 2, model))
         for value in gates.values.values():
             value[units] = 0
         assert not torch.allclose(model(X), dense, atol=1e-2)
@@ -83,7 +83,9 @@ def test_new_biases_are_the_removed_weights_times_the_means_of_what_they_read(ki
     for hook in hooks:
         hook.remove()
     gates = Gates(own.model, own.groups, names)
-    repair = Bias(own.model, own.groups, gates, Calibration(IDS, 3, lambda ids: own.model(input_ids=ids)))
+    repair = Bias(
+        own.model, own.groups, gates, Calibration.of_windows(IDS, 3, lambda ids: own.model(input_ids=ids))
+    )
     plan = shut(gates, [0], repair)
     with torch.no_grad():
         repaired = own.model(input_ids=IDS).logits
@@ -121,7 +123,7 @@ def test_a_layer_that_loses_outputs_too_gets_the_biases_of_those_that_stay():
     names = [name for name, group in groups.items() if group.prunable]
     assert len(names) == 2
     gates = Gates(model, groups, names)
-    repair = Bias(model, groups, gates, Calibration(X, 5, model))
+    repair = Bias(model, groups, gates, Calibration.of_windows(X, 5, model))
     plan = shut(gates, [0, 3], repair)
     with torch.no_grad():
         repaired = model(X)
@@ -146,7 +148,7 @@ def test_a_layer_without_a_place_for_a_bias_is_refused():
     groups = gp.node_groups(gp.trace(model, INPUTS))
     gates = Gates(model, groups, [width_of(groups)])
     with pytest.raises(TrainingError, match=r"matrix reads units .* no place for a bias"):
-        Bias(model, groups, gates, Calibration(X, 5, model))
+        Bias(model, groups, gates, Calibration.of_windows(X, 5, model))
 
 
 def test_factors_of_adapters_need_no_place():
@@ -154,4 +156,4 @@ def test_factors_of_adapters_need_no_place():
     groups = gp.node_groups(gp.trace(model, INPUTS))
     gates = Gates(model, groups, [width_of(groups)])
     assert len(gates.consumers) == 2
-    Bias(model, groups, gates, Calibration(X, 5, model))
+    Bias(model, groups, gates, Calibration.of_windows(X, 5, model))

@@ -45,7 +45,7 @@ def test_cutting_the_folded_weights_is_the_repaired_model(own, kind):
     """What the stand-ins compute with gates shut is what the smaller model computes."""
     names = own.of_kind(kind)
     gates = Gates(own.model, own.groups, names)
-    repair = LeastSquares(own.model, gates, Calibration(IDS, 4, run(own.model)))
+    repair = LeastSquares(own.model, gates, Calibration.of_windows(IDS, 4, run(own.model)))
     close(gates, [0])
     with torch.no_grad():
         masked = run(own.model)(IDS).logits
@@ -112,7 +112,7 @@ def test_every_fourth_window_is_held_out_and_the_fit_is_of_activations(own):
             run(own.model)(IDS[rows])
         handle.remove()
         windows[part] = torch.cat(seen).numpy()
-    repair = LeastSquares(own.model, gates, Calibration(IDS, 4, run(own.model)))
+    repair = LeastSquares(own.model, gates, Calibration.of_windows(IDS, 4, run(own.model)))
     close(gates, [3, 5, 40])
     repair.update(mask_of(gates))
     (prediction,) = gates.stand_ins.values()
@@ -123,8 +123,8 @@ def test_every_fourth_window_is_held_out_and_the_fit_is_of_activations(own):
 
 def test_a_ridge_needs_a_window_to_be_chosen_on(own):
     gates = Gates(own.model, own.groups, own.of_kind("ffn"))
-    with pytest.raises(TrainingError, match="there are 1 in all"):
-        LeastSquares(own.model, gates, Calibration(IDS[:1], 4, run(own.model)))
+    with pytest.raises(TrainingError, match="but one window"):
+        LeastSquares(own.model, gates, Calibration.of_windows(IDS[:1], 4, run(own.model)))
 
 
 def test_moments_without_a_cholesky_factor_leave_a_larger_ridge():
@@ -149,7 +149,7 @@ def test_a_unit_that_is_a_copy_is_replaced_without_loss(own):
             layer.lora_B["default"].weight[1] = layer.lora_B["default"].weight[0]
         mlp.down_proj.base_layer.weight[:, 1] *= 30
     gates = Gates(own.model, own.groups, own.of_kind("ffn")[:1])
-    repair = LeastSquares(own.model, gates, Calibration(IDS, 4, run(own.model)))
+    repair = LeastSquares(own.model, gates, Calibration.of_windows(IDS, 4, run(own.model)))
     with torch.no_grad(), gates.opened():
         dense = run(own.model)(IDS).logits
     close(gates, [1])

@@ -337,6 +337,7 @@ def test_gates_come_off():
         ({"memory": 1.5}, "memory is 1.5"),
         ({"scores": {"nothing": torch.zeros(1)}}, "scores has no"),
         ({"mode": "fast"}, "no mode 'fast'"),
+        ({"paper": gp.PaperChoices()}, "paper is of the paper mode alone"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message):

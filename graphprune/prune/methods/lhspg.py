@@ -69,7 +69,7 @@ def _optimizer(
         units=budget.removed_units,
         lr=settings.training.learning_rate,
         mode=settings.mode,
-        paper=PaperChoices(**settings.paper.model_dump()),
+        paper=PaperChoices(**settings.paper.model_dump()) if settings.mode == "paper" else None,
         warmup_steps=settings.warmup_steps,
         periods=settings.periods,
         period_steps=settings.period_steps,

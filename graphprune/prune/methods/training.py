@@ -29,7 +29,7 @@ def calibrated_repair(task: Task, gates: Gates) -> Repair | None:
     """Return the repair that the recipe names, calibrated on the un-pruned model."""
     settings = task.settings
     windows = task.windows.drawn(settings.calibration_windows, task.seed)
-    calibration = Calibration(windows, settings.training.batch_size, unpruned(task.model, gates))
+    calibration = Calibration.of_windows(windows, settings.training.batch_size, unpruned(task.model, gates))
     return repair_named(settings.repair, task.model, task.groups, gates, calibration)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +15,43 @@ from graphprune.saliency.gates import Gates
 
 Redundant = Callable[[str], Tensor]
 """From a group's name to a mask (units,) of its redundant units."""
+Run = Callable[[Any], object]
+HELD_OUT = 4
+"""One window of so many, or batch where windows are not known, is held out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Text to gather statistics on.
+    """Batches to gather statistics on.
 
     Attributes:
-        windows: Token ids (windows, window).
-        batch_size: How many of them are run together.
-        run: Runs the model on a batch (batch, window); its result is not looked at.
+        fitted: What a repair is fitted to first.
+        held: What it is judged on then.
+        run: Runs the model on a batch; its result is not looked at.
     """
 
-    windows: Tensor
-    batch_size: int
-    run: Callable[[Tensor], object]
+    fitted: Sequence[Any]
+    held: Sequence[Any]
+    run: Run
+
+    @classmethod
+    def of_windows(cls, windows: Tensor, batch_size: int, run: Run) -> Calibration:
+        """Hold out every fourth window of token ids (windows, window), and run so many at a time."""
+        held = torch.arange(len(windows)) % HELD_OUT == 1
+        parts = (windows[~held], windows[held])
+        fitted, judged = (part.split(batch_size) if len(part) else () for part in parts)
+        return cls(fitted, judged, run)
+
+    @classmethod
+    def of_batches(cls, batches: Sequence[Any], run: Run) -> Calibration:
+        """Hold out every fourth batch, of whatever the model takes."""
+        fitted = [batch for number, batch in enumerate(batches) if number % HELD_OUT != 1]
+        return cls(fitted, batches[1::HELD_OUT], run)
+
+    @property
+    def batches(self) -> list[Any]:
+        """All of them."""
+        return [*self.fitted, *self.held]
 
 
 def sources(gates: Gates) -> dict[str, Consumer]:
@@ -51,8 +74,8 @@ def gone_indices(consumer: Consumer, redundant: Redundant) -> Tensor:
 def summed(
     model: nn.Module,
     gates: Gates,
-    batches: Iterable[Tensor],
-    run: Callable[[Tensor], object],
+    batches: Iterable[Any],
+    run: Run,
     statistic: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """Return the sum over batches of a statistic of each activation, with all gates open.
@@ -60,7 +83,7 @@ def summed(
     Args:
         model: The gated model.
         gates: Its gates.
-        batches: Token ids (batch, window).
+        batches: What the model is run on.
         run: Runs the model on a batch.
         statistic: From activations (tokens, indices), in float32, to a tensor of one shape for all batches.
     """

@@ -47,14 +47,18 @@ class Bias:
         calibration: Text.
 
     Raises:
-        TrainingError: If a layer that reads gated units has no place for a bias.
+        TrainingError: If a layer that reads gated units has no place for a bias, or there is no text.
     """
 
     def __init__(self, model: nn.Module, groups: NodeGroups, gates: Gates, calibration: Calibration) -> None:
         self._model, self._groups, self._gates = model, groups, gates
         self._weights = _weights(model, groups, gates)
-        batches = list(calibration.windows.split(calibration.batch_size))
-        sums = summed(model, gates, batches, calibration.run, _sum_and_count)
+        if not calibration.fitted:
+            raise TrainingError(
+                "a repair is calibrated on text, and there is none",
+                "give a window or more, or repair nothing (recipe: prune.calibration_windows, prune.repair)",
+            )
+        sums = summed(model, gates, calibration.batches, calibration.run, _sum_and_count)
         self._means = {source: (total[:-1] / total[-1]).float() for source, total in sums.items()}
 
     def update(self, redundant: Redundant) -> None:

@@ -27,8 +27,6 @@ from graphprune.shrink.plan import Plan
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for λ, as shares of the mean second moment."""
-HELD_OUT = 4
-"""One window of so many is held out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +62,24 @@ class LeastSquares:
     Args:
         model: The gated model.
         gates: Its gates; predictions become their stand-ins.
-        calibration: Text, of which every fourth window is held out.
+        calibration: Text, some of it held out.
 
     Raises:
-        TrainingError: If there is but one window.
+        TrainingError: If there is nothing to fit to, or nothing held out.
     """
 
     def __init__(self, model: nn.Module, gates: Gates, calibration: Calibration) -> None:
         self._model = model
         self._gates = gates
-        windows = calibration.windows
-        if len(windows) < 2:
+        if not calibration.fitted or not calibration.held:
             raise TrainingError(
-                f"a ridge is chosen on windows that nothing is fitted to, and there are {len(windows)} in all",
+                "a ridge is chosen on text that nothing is fitted to, and there is "
+                + ("but one window or batch" if calibration.fitted else "none"),
                 "give 2 or more, or repair nothing (recipe: prune.calibration_windows, prune.repair)",
             )
-        held = torch.arange(len(windows)) % HELD_OUT == 1
         self._fitted, self._held = (
-            summed(model, gates, part.split(calibration.batch_size), calibration.run, lambda x: x.T @ x)
-            for part in (windows[~held], windows[held])
+            summed(model, gates, part, calibration.run, lambda x: x.T @ x)
+            for part in (calibration.fitted, calibration.held)
         )
         self._done: dict[str, Tensor] = {}
 
