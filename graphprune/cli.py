@@ -12,6 +12,7 @@ import typer
 
 from graphprune import __version__
 from graphprune.errors import GraphPruneError
+from graphprune.extensions import extension_names, load_extension
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,8 +51,17 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    extension: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A .py file or module of yours that registers rules, saliencies or the like; "
+            "may stand more than once, before the command."
+        ),
+    ] = None,
 ) -> None:
     """Take the options that stand before a command."""
+    for name in extension or ():
+        load_extension(name)
 
 
 @app.command()
@@ -307,7 +317,8 @@ def _command(
     options: Mapping[str, str | None] | None = None,
 ) -> str:
     given = {"model": model, **(options or {})}
-    words = ["graphprune", name, *([str(recipe)] if recipe else []), "-o", str(output)]
+    added = [word for extension in extension_names() for word in ("--extension", extension)]
+    words = ["graphprune", *added, name, *([str(recipe)] if recipe else []), "-o", str(output)]
     words += [word for key, value in given.items() if value for word in (f"--{key}", value)]
     return shlex.join(words)
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 
+from graphprune.extensions import extension_digests
 from graphprune.recipe import Recipe
 
 LATER = ("quantize", "recover", "export", "report")
@@ -31,13 +32,13 @@ _READS_OF_ONNX = {
 
 
 def start_digest(recipe: Recipe, *further: str | bytes) -> str:
-    """Return a hash of what all stages read.
+    """Return a hash of what all stages read, and of what extends them.
 
     Args:
         recipe: The recipe.
         further: What it names, such as texts.
     """
-    return _digest(recipe.model_dump(mode="json", exclude=set(LATER)), further)
+    return _digest(recipe.model_dump(mode="json", exclude=set(LATER)), (*further, *extension_digests()))
 
 
 def section_digest(recipe: Recipe, section: str, *further: str | bytes) -> str:
