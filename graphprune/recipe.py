@@ -346,8 +346,20 @@ class Export(_Section):
     weights: Literal["fast", "exact"] = Field(
         default="fast", description="fast rounds NF4 levels to 8-bit integers"
     )
+    cache: Literal["growing", "shared"] = Field(
+        default="growing",
+        description="shared: written where it lies, as onnxruntime-genai has it; then several new tokens of several "
+        "texts behind earlier ones are not computed at once",
+    )
     verify_windows: Positive = Field(default=2, description="evaluation windows that are compared with torch")
     verify_tokens: Positive = Field(default=128, description="tokens of each of them")
+
+    @field_validator("cache")
+    @classmethod
+    def _shared_cache_is_of_onnxruntime(cls, cache: str, info: ValidationInfo) -> str:
+        if cache == "shared" and info.data.get("profile") == "portable":
+            raise ValueError("with export.profile portable there is only growing")
+        return cache
 
 
 class Report(_Section):

@@ -60,7 +60,8 @@ def write_genai_config(
         "eos_token_id": list(eos_token_ids),
         "pad_token_id": end if pad_token_id is None else pad_token_id,
     }
-    search = {"max_length": context_length, "do_sample": False, "past_present_share_buffer": False}
+    shared = any(node.op_type == "GroupQueryAttention" for node in graph)
+    search = {"max_length": context_length, "do_sample": False, "past_present_share_buffer": shared}
     path = folder / "genai_config.json"
     write_json(path, {"model": model, "search": search})
     return path

@@ -25,6 +25,11 @@ class GraphWriter:
         self._prefix = ""
         self._counts: Counter[str] = Counter()
 
+    @property
+    def nodes(self) -> list[ir.Node]:
+        """The nodes since `begin`."""
+        return self._nodes
+
     def begin(self, prefix: str) -> None:
         """Start with no nodes; the names of those to come begin with `prefix`."""
         self._nodes = []

@@ -95,13 +95,47 @@ class OnnxDecoder:
         if attention_mask is None:
             length = past[0].shape[2] if past else 0
             attention_mask = np.ones((batch, length + sequence), dtype=np.int64)
-        positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -sequence:]
-        tokens = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
-        feeds = self._fixed | {name: tokens[name] for name in self._token_inputs}
+        feeds = self._feeds(input_ids, attention_mask)
         feeds |= {value.name: array for value, array in zip(self._past, past, strict=True)}
         with clear_errors(self.name):
             logits, *present = self._session.run(self._outputs, feeds)
         return np.asarray(logits, dtype=np.float32), present
+
+    def shared_past(self, batch: int, length: int) -> list[onnxruntime.OrtValue]:
+        """Return buffers for `step_in_place`, each (batch, heads, length, head size)."""
+        return [
+            onnxruntime.OrtValue.ortvalue_from_numpy(
+                np.zeros((batch, v.shape[1], length, v.shape[3]), _CACHE_TYPES[v.type])
+            )
+            for v in self._past
+        ]
+
+    def step_in_place(
+        self, input_ids: Integers, attention_mask: Integers, past: Sequence[onnxruntime.OrtValue]
+    ) -> Array:
+        """Run a model with a shared cache on new tokens, and write their keys and values into its buffers.
+
+        Args:
+            input_ids: int64 (batch, sequence).
+            attention_mask: int64 (batch, tokens before + sequence), 0 for padding.
+            past: From `shared_past`, of no fewer tokens than the mask has.
+
+        Returns:
+            The logits (batch, sequence, vocabulary).
+
+        Raises:
+            SourceError: If ONNX Runtime refuses to compute it.
+        """
+        binding = self._session.io_binding()
+        for name, array in self._feeds(input_ids, attention_mask).items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for value, present, buffer in zip(self._past, self._outputs[1:], past, strict=True):
+            binding.bind_ortvalue_input(value.name, buffer)
+            binding.bind_ortvalue_output(present, buffer)
+        binding.bind_output(self._outputs[0])
+        with clear_errors(self.name):
+            self._session.run_with_iobinding(binding)
+        return np.asarray(binding.get_outputs()[-1].numpy(), dtype=np.float32)
 
     def logits(
         self, input_ids: Integers, attention_mask: Integers | None = None, past: Past | None = None
@@ -137,6 +171,12 @@ class OnnxDecoder:
             logits, past = self.step(ids, past=past)
             seconds.append(time.perf_counter() - start)
         return 1.0 / float(np.median(seconds[warm_up:]))
+
+    def _feeds(self, input_ids: Integers, attention_mask: Integers) -> dict[str, npt.NDArray[Any]]:
+        """Return everything that a step reads but for its cache."""
+        positions = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)[:, -input_ids.shape[1] :]
+        tokens = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+        return self._fixed | {name: tokens[name] for name in self._token_inputs}
 
     def _check(self, inputs: dict[str, Any]) -> None:
         unknown = inputs.keys() - self._token_inputs - {value.name for value in self._past}

@@ -19,9 +19,10 @@ from graphprune.export.stand_ins import replaced
 from graphprune.export.verify_decoder import (
     compare_greedy,
     compare_shapes,
+    compare_shared_cache,
     compare_texts,
-    continues_batches,
     exact_decoder,
+    shares_cache,
 )
 from graphprune.export.verify_file import check_file
 from graphprune.export.verify_weights import WEIGHT_TOLERANCE, compare_weights
@@ -100,8 +101,9 @@ def measure_onnx(
     1. The file is a valid model, its shapes agree, and its data is where and as long as it says.
     2. Its quantized weights are the model's, or for a `byte_table` the model's with rounded levels.
     3. With exact activations it computes what torch computes with those weights: whole texts, a padded batch,
-       token by token from its cache, several shapes after several lengths of the past; and it writes greedily what
-       torch writes (two tokens as good as each other, within the bound, are the same). The bound is `tolerance`.
+       token by token from its cache (a shared one in place too), several shapes after several lengths of the past;
+       and it writes greedily what torch writes (two tokens as good as each other, within the bound, are the same).
+       The bound is `tolerance`.
     4. As it is, against the model as it is: rounded levels, and activations rounded to int8 in quantized products.
        That error depends on the outliers of the model and has no sharp bound: `agreement.LEAST_TOP1` of the tokens
        must agree, within `agreement.LARGEST_KL` nats a token.
@@ -151,14 +153,15 @@ def measure_onnx(
 
 def _compare_exactly(path: Path, model: nn.Module, windows: list[list[int]]) -> dict[str, float]:
     """Return relative errors of the file with exact activations."""
-    decoder = exact_decoder(path)
+    decoder, shared = exact_decoder(path), shares_cache(path)
 
     def reference(tokens: list[int]) -> Array:
         return _torch_logits(model, tokens)
 
     return {
         **compare_texts(decoder, reference, windows),
-        **compare_shapes(decoder, reference, windows[:2], batches_continue=continues_batches(path)),
+        **({"shared_cache": compare_shared_cache(decoder, reference, windows[0])} if shared else {}),
+        **compare_shapes(decoder, reference, windows[:2], batches_continue=not shared),
         "greedy": compare_greedy(decoder, reference, windows[0][:PROMPT], WRITTEN)[0],
     }
 

@@ -6,7 +6,7 @@ Every number is the largest difference of a logit, over the largest logit of the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,8 @@ PADDINGS = (0, 2, 5)
 """Tokens of padding before each row of a batch."""
 
 _DECODED = 4
+_ROOM = 5
+"""Tokens for which a shared cache has room and that do not come."""
 
 
 def exact_decoder(path: Path) -> OnnxDecoder:
@@ -88,6 +90,22 @@ def compare_shapes(
     return errors
 
 
+def compare_shared_cache(decoder: OnnxDecoder, reference: Reference, text: list[int]) -> float:
+    """Return the error of a text whose last tokens come one by one, in a cache that has room for more.
+
+    Args:
+        decoder: A file with a shared cache.
+        reference: What the logits should be.
+        text: Two tokens or more.
+    """
+    ids, prompt = np.array([text], dtype=np.int64), max(1, len(text) - _DECODED)
+    mask = np.ones_like(ids)
+    past = decoder.shared_past(1, len(text) + _ROOM)
+    cuts = [0, *range(prompt, len(text) + 1)]
+    logits = [decoder.step_in_place(ids[:, start:end], mask[:, :end], past) for start, end in pairwise(cuts)]
+    return _error(np.concatenate(logits, axis=1), [reference(text)], 0)
+
+
 def compare_greedy(
     decoder: OnnxDecoder, reference: Reference, prompt: list[int], new_tokens: int
 ) -> tuple[float, float]:
@@ -109,12 +127,13 @@ def compare_greedy(
     return float(behind.max() / np.abs(logits).max()), float((behind == 0).mean())
 
 
-def continues_batches(path: Path) -> bool:
-    """Return whether a file takes several tokens of several texts after earlier ones.
+def shares_cache(path: Path) -> bool:
+    """Return whether a file's cache may be one buffer before and after.
 
-    ONNX Runtime's GroupQueryAttention does not; ONNX's own Attention does.
+    It is so with ONNX Runtime's GroupQueryAttention, which then takes several new tokens of one text alone after
+    earlier ones; ONNX's own Attention takes them of several.
     """
-    return not any(node.op_type == "GroupQueryAttention" for node in ir.load(path).graph)
+    return any(node.op_type == "GroupQueryAttention" for node in ir.load(path).graph)
 
 
 def _padded(texts: list[list[int]], paddings: list[int], length: int) -> tuple[Integers, Integers]:

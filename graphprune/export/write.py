@@ -23,6 +23,7 @@ from graphprune.export.halves import HALVES
 from graphprune.export.joined_products import join_products
 from graphprune.export.layouts import Profile, check_profile
 from graphprune.export.modules import ModuleWriter
+from graphprune.export.shared_cache import Cache, check_cache, share_cache
 from graphprune.export.simplify import forget_traces, name_ends, name_initializers, simplify
 from graphprune.export.skip_norm import fuse_skip_norms
 from graphprune.export.stand_ins import DOMAIN
@@ -44,6 +45,7 @@ def export_onnx(
     profile: Profile = "cpu",
     exact: bool = False,
     adapters: Adapters = "overridable",
+    cache: Cache = "growing",
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a model as `model.onnx` and `model.onnx.data`, or a pair of such; a folder of that name is replaced whole.
@@ -87,6 +89,9 @@ def export_onnx(
             kernel for (NF4) are rounded to the 8-bit grid on which it computes.
         adapters: "overridable" as said above; "constant", which loads a little faster; "merged" for dense float32
             weights with the adapters added.
+        cache: Of a causal language model: "growing" takes the cache of the tokens before and gives a longer one; with
+            "shared" both may be one buffer, as onnxruntime-genai has it, and nothing is copied. Several new tokens of
+            several texts behind earlier ones can then not be computed at once.
         metadata: Entries for the file's `metadata_props`.
 
     Returns:
@@ -97,6 +102,7 @@ def export_onnx(
     """
     check_profile(profile)
     check_adapters(adapters)
+    check_cache(cache, profile, decoder=examples is None and not has_halves(model, examples))
     _check(model, examples, dynamic_axes)
     metadata = {**(metadata or {}), **_base(model, adapters)}
     training = model.training
@@ -106,7 +112,7 @@ def export_onnx(
         with replacing(folder) as temporary:
             temporary.mkdir()
             for file, traceable in traceables.items():
-                onnx = _translated(model, traceable, profile=profile, exact=exact, adapters=adapters)
+                onnx = _translated(model, traceable, profile, exact, adapters, cache)
                 onnx.metadata_props.update(metadata)
                 data = f"{file}.data"
                 ir.save(onnx, temporary / file, external_data=data, size_threshold_bytes=_SMALLEST_EXTERNAL)
@@ -126,11 +132,13 @@ def _traceables(model: nn.Module, examples: Any, dynamic_axes: DynamicAxes | Non
 
 
 def _translated(
-    model: nn.Module, traceable: Traceable, *, profile: Profile, exact: bool, adapters: Adapters
+    model: nn.Module, traceable: Traceable, profile: Profile, exact: bool, adapters: Adapters, cache: Cache
 ) -> ir.Model:
     onnx = trace_to_onnx(model, traceable)
     name_initializers(onnx.graph, PREFIX, [*traceable.input_names, *traceable.output_names])
     simplify(onnx)
+    if cache == "shared":
+        share_cache(onnx.graph, dict(zip(traceable.input_names, onnx.graph.inputs, strict=False)))
     if profile != "portable":
         fuse_skip_norms(onnx.graph)
     ModuleWriter(model, onnx.graph, profile=profile, exact=exact, adapters=adapters).write_all()

@@ -239,6 +239,7 @@ def export_stage(session: Session) -> str:
             profile=settings.profile,
             exact=exact,
             adapters=settings.adapters,
+            cache=settings.cache,
             metadata=metadata,
         )
         session.inputs.tokenizer.save_pretrained(unverified)

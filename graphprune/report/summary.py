@@ -21,6 +21,7 @@ _TITLES = {
     "prefill": "Whole texts, exact activations",
     "padded_batch": "Texts padded to one length",
     "decode": "Token by token, from the cache",
+    "shared_cache": "Token by token, in a cache that is written where it lies",
     "greedy": "Greedy text, how far a token is behind torch's choice",
     "greedy_agreement": "Greedy tokens of the file as shipped that torch would choose",
     "outputs": "Outputs with exact activations, greatest difference over the largest number",

@@ -56,6 +56,7 @@ def test_numbers_are_read_as_yaml_1_2_has_them(tmp_path):
         (GOOD + "prune: {loraprune: {warmup: 0.6, cooldown: 0.5}}\n", "leaves no step in which units go"),
         (GOOD + "prune: {method: blocks, repair: bias}\n", "with method blocks nothing reads prune.repair"),
         (GOOD + "prune: {loraprune: {steps: 9}}\n", "with method lhspg nothing reads prune.loraprune"),
+        (GOOD + "export: {profile: portable, cache: shared}\n", "with export.profile portable there is only growing"),
         (GOOD + "prune: {paper: {gamma: 0.5}}\n", "with mode gated nothing reads prune.paper"),
         (GOOD + "prune:\n  rank: 4\n  remove: 1.5\n", "recipe.yaml:5: prune.remove is 1.5"),
         (GOOD + "prune: {remove: -0.1}\n", "prune.remove is -0.1"),

@@ -1,0 +1,143 @@
+"""A cache that is written where it lies: the same numbers as torch's, in buffers that are never copied."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from exported_models import randomize, tiny_gpt_neox, tiny_llama, tiny_uneven_qwen2, windows
+from test_onnx_export import load
+from torch import nn
+from transformers import FalconConfig, FalconForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+import quant
+from graphprune.errors import ExportError
+from graphprune.export.genai import write_genai_config
+from graphprune.export.runtime import OnnxDecoder
+from graphprune.export.verify import verify_onnx
+from graphprune.export.verify_decoder import exact_decoder
+from graphprune.export.write import export_onnx
+
+
+def tiny_gemma2() -> nn.Module:
+    """Softened scores, for which the tracer writes no Attention."""
+    config = Gemma2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=99,
+        sliding_window=6,
+        attn_logit_softcapping=2.0,
+        query_pre_attn_scalar=8,
+        attn_implementation="eager",
+    )
+    return randomize(Gemma2ForCausalLM(config), seed=7)
+
+
+def tiny_falcon() -> nn.Module:
+    """Multi-query attention."""
+    config = FalconConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        multi_query=True,
+        new_decoder_architecture=False,
+        parallel_attn=True,
+        alibi=False,
+        ffn_hidden_size=96,
+        vocab_size=99,
+        max_position_embeddings=64,
+    )
+    return randomize(FalconForCausalLM(config), seed=6)
+
+
+def tiny_quantized() -> nn.Module:
+    model = tiny_uneven_qwen2()
+    quant.loftq_model(model, quant.LoftQConfig(format="int4", block_size=32, rank=2, iterations=1))
+    return model.eval()
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt_neox, tiny_quantized, tiny_falcon])
+def test_it_computes_what_torch_computes_in_place_too(build, tmp_path):
+    model = build()
+    path = export_onnx(model, tmp_path / "onnx", cache="shared")
+    found = verify_onnx(path, model, windows(20, 12))
+    assert found.max_relative_error < 2e-5
+    assert found.checks["shared_cache"] < 2e-5
+    assert "3x12 after 7" not in found.checks
+    graph = load(path).graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("GroupQueryAttention") == 2
+    assert "Attention" not in kinds
+
+
+def test_new_keys_are_written_behind_the_old_ones_and_the_rest_is_left_alone(tmp_path):
+    """In a buffer for 30 tokens of three texts, padded on the left; against the cache that grows."""
+    path = export_onnx(tiny_llama(), tmp_path / "onnx", cache="shared")
+    decoder = exact_decoder(path)
+    ids = np.random.default_rng(0).integers(3, 60, (3, 9))
+    mask = (np.arange(9) >= np.array([[0], [2], [5]])).astype(np.int64)
+    past = decoder.shared_past(3, 30)
+    addresses = [buffer.data_ptr() for buffer in past]
+    first = decoder.step_in_place(ids[:, :8], mask[:, :8], past)
+    second = decoder.step_in_place(ids[:, 8:], mask, past)
+    expected, grown = decoder.step(ids[:, :8], mask[:, :8])
+    np.testing.assert_array_equal(first, expected)
+    expected, grown = decoder.step(ids[:, 8:], mask, grown)
+    np.testing.assert_allclose(second, expected, atol=1e-6)
+    assert [buffer.data_ptr() for buffer in past] == addresses
+    for buffer, whole in zip(past, grown, strict=True):
+        np.testing.assert_allclose(buffer.numpy()[:, :, :9], whole, atol=1e-6)
+        assert not buffer.numpy()[:, :, 9:].any()
+
+
+def test_genai_is_told_that_the_buffer_is_shared(tmp_path):
+    model = tiny_llama()
+    for cache in ("growing", "shared"):
+        path = export_onnx(model, tmp_path / cache, cache=cache)
+        settings = {"hidden_size": 32, "num_attention_heads": 4, "context_length": 64, "eos_token_ids": [2]}
+        config = json.loads(write_genai_config(path.parent, **settings).read_text())
+        assert config["search"]["past_present_share_buffer"] == (cache == "shared")
+
+
+def test_several_tokens_of_several_texts_behind_earlier_ones_are_refused_in_words(tmp_path):
+    path = export_onnx(tiny_llama(), tmp_path / "onnx", cache="shared")
+    decoder = OnnxDecoder(path)
+    ids = np.random.default_rng(0).integers(3, 60, (2, 9))
+    past = decoder.step(ids[:, :4])[1]
+    with pytest.raises(Exception, match="batch_size must be 1"):
+        decoder.step(ids[:, 4:], past=past)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cache": "static"}, r"no cache 'static'\n.*growing, shared"),
+        ({"cache": "shared", "profile": "portable"}, r"portable has none of these\n.*cache='growing'"),
+        ({"cache": "shared", "examples": {}}, "of causal language models"),
+    ],
+)
+def test_what_cannot_share_is_refused_before_anything_is_traced(settings, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        export_onnx(nn.Linear(2, 2), tmp_path / "onnx", **settings)
+
+
+def test_heads_of_a_size_that_the_operator_does_not_take_are_told(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=40, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=67
+    )
+    with pytest.raises(ExportError, match=r"heads of 10.*multiple of 8\n.*growing"):
+        export_onnx(randomize(LlamaForCausalLM(config), 0), tmp_path / "onnx", cache="shared")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_attention_that_is_no_one_operator_is_told_with_its_cache(tmp_path):
+    with pytest.raises(ExportError, match=r"past_key_values\.0\.key is read by Concat.*\n.*growing"):
+        export_onnx(tiny_gemma2(), tmp_path / "onnx", cache="shared")
+    assert not (tmp_path / "onnx").exists()
