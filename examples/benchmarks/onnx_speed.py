@@ -28,13 +28,15 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import graphprune as gp
 import quant
 from graphprune.export.adapters import Adapters
 from graphprune.export.filenames import FILE
+from graphprune.export.genai import write_genai_config
 from graphprune.export.runtime import OnnxDecoder
+from graphprune.export.shared_cache import Cache
 from graphprune.export.write import export_onnx
 from graphprune.files import size_of
 from graphprune.prune.budget import targets
@@ -43,8 +45,10 @@ from graphprune.recipe import Prune
 from graphprune.source.demo import demo_folder
 from graphprune.source.model import example_inputs
 
-RANK, BLOCK = 16, 32
+RANK, BLOCK, ROOM = 16, 32, 256
 KINDS = ("attention_heads", "ffn")
+BUILDER = "builder"
+"""The format of what onnxruntime-genai's own model builder writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class Form:
         rank: Of the adapters; 0 without.
         adapters: What becomes of them.
         remove: Share of the parameters that is pruned.
+        cache: Whether it grows or is shared.
     """
 
     engine: str
@@ -64,6 +69,7 @@ class Form:
     rank: int = 0
     adapters: Adapters = "overridable"
     remove: float = 0.0
+    cache: Cache = "growing"
 
 
 FORMS = {
@@ -75,7 +81,9 @@ FORMS = {
     "nf4": Form("onnxruntime", "nf4"),
     "nf4, adapters overridable": Form("onnxruntime", "nf4", RANK),
     "nf2": Form("onnxruntime", "nf2"),
-    "genai builder int4": Form("genai"),
+    "int4, in genai": Form("genai", "int4"),
+    "int4, cache shared, in genai": Form("genai", "int4", cache="shared"),
+    "genai builder int4": Form("genai", BUILDER),
     "torch float32": Form("torch", "float32"),
     "torch bfloat16": Form("torch", "bfloat16"),
     "llama.cpp": Form("llama"),
@@ -84,7 +92,7 @@ FORMS = {
 
 def write(form: Form, source: Path, folder: Path) -> None:
     """Write the files of a form, if it has any."""
-    if form.engine == "genai" or form.format == "genai":
+    if form.format == BUILDER:
         command = [
             sys.executable,
             "-m",
@@ -112,7 +120,16 @@ def write(form: Form, source: Path, folder: Path) -> None:
         for module in model.modules():
             if isinstance(module, quant.QuantLinear):
                 module.lora_A = module.lora_B = None
-    export_onnx(model, folder, adapters=form.adapters)
+    export_onnx(model, folder, adapters=form.adapters, cache=form.cache)
+    if form.engine == "genai":
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        write_genai_config(
+            folder,
+            hidden_size=model.config.hidden_size,
+            num_attention_heads=model.config.num_attention_heads,
+            context_length=model.config.max_position_embeddings,
+            eos_token_ids=[model.config.eos_token_id],
+        )
 
 
 def pruned(model: Any, remove: float) -> Any:
@@ -156,7 +173,8 @@ def _genai(form: Form, path: Path, threads: int) -> Callable[[list[int]], Iterat
 
     def run(prompt: list[int]) -> Iterator[None]:
         parameters = og.GeneratorParams(model)
-        parameters.set_search_options(max_length=1024, min_length=1024, do_sample=False)
+        length = len(prompt) + ROOM
+        parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = og.Generator(model, parameters)
         generator.append_tokens(prompt)
         while True:
@@ -231,11 +249,9 @@ def place(name: str, given: argparse.Namespace, source: Path) -> Path | None:
         return source
     if form.engine == "llama":
         return given.gguf if given.gguf and importlib.util.find_spec("llama_cpp") else None
-    if (form.engine == "genai" or form.format == "genai") and not importlib.util.find_spec(
-        "onnxruntime_genai"
-    ):
+    if form.engine == "genai" and not importlib.util.find_spec("onnxruntime_genai"):
         return None
-    folder: Path = given.work / ("genai" if form.format in ("", "genai") else name.replace(" ", "_"))
+    folder: Path = given.work / ("genai" if form.format == BUILDER else name.replace(" ", "_"))
     if not folder.exists():
         write(form, source, folder)
     return folder
