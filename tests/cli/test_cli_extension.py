@@ -13,6 +13,7 @@ from graphprune.extensions import extension_digests, load_extension
 from graphprune.pipeline.stamps import start_digest
 from graphprune.prune.one_shot import prune_one_shot
 from graphprune.recipe import Recipe
+from graphprune.saliency import registry
 
 SALIENCY = """
 import torch
@@ -27,7 +28,10 @@ def by_number(evidence):
 
 @pytest.fixture(autouse=True)
 def nothing_loaded(monkeypatch):
+    """What a test registers is forgotten after it."""
+    assert registry.registered_saliencies()  # which loads those that are there by themselves
     monkeypatch.setattr(extensions, "_loaded", {})
+    monkeypatch.setattr(registry, "_SALIENCIES", dict(registry._SALIENCIES))
 
 
 def written(folder, text, name="mine.py"):

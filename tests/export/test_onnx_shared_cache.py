@@ -12,7 +12,7 @@ from torch import nn
 from transformers import FalconConfig, FalconForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 import quant
-from graphprune.errors import ExportError
+from graphprune.errors import ExportError, SourceError
 from graphprune.export.genai import write_genai_config
 from graphprune.export.runtime import OnnxDecoder
 from graphprune.export.verify import verify_onnx
@@ -25,7 +25,7 @@ def tiny_gemma2() -> nn.Module:
     config = Gemma2Config(
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
@@ -61,7 +61,13 @@ def tiny_quantized() -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt_neox, tiny_quantized, tiny_falcon])
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A tiny Llama's file with a shared cache."""
+    return export_onnx(tiny_llama(), tmp_path_factory.mktemp("shared") / "onnx", cache="shared")
+
+
+@pytest.mark.parametrize("build", [tiny_gpt_neox, tiny_quantized, tiny_falcon])
 def test_it_computes_what_torch_computes_in_place_too(build, tmp_path):
     model = build()
     path = export_onnx(model, tmp_path / "onnx", cache="shared")
@@ -75,10 +81,9 @@ def test_it_computes_what_torch_computes_in_place_too(build, tmp_path):
     assert "Attention" not in kinds
 
 
-def test_new_keys_are_written_behind_the_old_ones_and_the_rest_is_left_alone(tmp_path):
+def test_new_keys_are_written_behind_the_old_ones_and_the_rest_is_left_alone(shared):
     """In a buffer for 30 tokens of three texts, padded on the left; against the cache that grows."""
-    path = export_onnx(tiny_llama(), tmp_path / "onnx", cache="shared")
-    decoder = exact_decoder(path)
+    decoder = exact_decoder(shared)
     ids = np.random.default_rng(0).integers(3, 60, (3, 9))
     mask = (np.arange(9) >= np.array([[0], [2], [5]])).astype(np.int64)
     past = decoder.shared_past(3, 30)
@@ -95,21 +100,19 @@ def test_new_keys_are_written_behind_the_old_ones_and_the_rest_is_left_alone(tmp
         assert not buffer.numpy()[:, :, 9:].any()
 
 
-def test_genai_is_told_that_the_buffer_is_shared(tmp_path):
-    model = tiny_llama()
-    for cache in ("growing", "shared"):
-        path = export_onnx(model, tmp_path / cache, cache=cache)
+def test_genai_is_told_that_the_buffer_is_shared(shared, tmp_path):
+    growing = export_onnx(tiny_llama(), tmp_path / "growing")
+    for path in (growing, shared):
         settings = {"hidden_size": 32, "num_attention_heads": 4, "context_length": 64, "eos_token_ids": [2]}
         config = json.loads(write_genai_config(path.parent, **settings).read_text())
-        assert config["search"]["past_present_share_buffer"] == (cache == "shared")
+        assert config["search"]["past_present_share_buffer"] == (path == shared)
 
 
-def test_several_tokens_of_several_texts_behind_earlier_ones_are_refused_in_words(tmp_path):
-    path = export_onnx(tiny_llama(), tmp_path / "onnx", cache="shared")
-    decoder = OnnxDecoder(path)
+def test_several_tokens_of_several_texts_behind_earlier_ones_are_refused_in_words(shared):
+    decoder = OnnxDecoder(shared)
     ids = np.random.default_rng(0).integers(3, 60, (2, 9))
     past = decoder.step(ids[:, :4])[1]
-    with pytest.raises(Exception, match="batch_size must be 1"):
+    with pytest.raises(SourceError, match="batch_size must be 1"):
         decoder.step(ids[:, 4:], past=past)
 
 
