@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from graphprune.errors import ExportError
 from graphprune.export.filenames import FILE
+from graphprune.export.shared_cache import has_shared_cache
 from graphprune.files import write_json
 
 
@@ -60,8 +61,11 @@ def write_genai_config(
         "eos_token_id": list(eos_token_ids),
         "pad_token_id": end if pad_token_id is None else pad_token_id,
     }
-    shared = any(node.op_type == "GroupQueryAttention" for node in graph)
-    search = {"max_length": context_length, "do_sample": False, "past_present_share_buffer": shared}
+    search = {
+        "max_length": context_length,
+        "do_sample": False,
+        "past_present_share_buffer": has_shared_cache(graph),
+    }
     path = folder / "genai_config.json"
     write_json(path, {"model": model, "search": search})
     return path

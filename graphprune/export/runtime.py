@@ -70,9 +70,9 @@ class OnnxDecoder:
         """Whether keys and values of earlier tokens are an input."""
         return bool(self._past)
 
-    def empty_past(self, batch: int) -> Past:
-        """Return a cache of no tokens: key, value, key, value, ..., each (batch, heads, 0, head size)."""
-        return [np.zeros((batch, v.shape[1], 0, v.shape[3]), _CACHE_TYPES[v.type]) for v in self._past]
+    def empty_past(self, batch: int, room: int = 0) -> Past:
+        """Return a cache of no tokens: key, value, key, value, ..., each (batch, heads, room, head size)."""
+        return [np.zeros((batch, v.shape[1], room, v.shape[3]), _CACHE_TYPES[v.type]) for v in self._past]
 
     def step(
         self, input_ids: Integers, attention_mask: Integers | None = None, past: Past | None = None
@@ -103,12 +103,7 @@ class OnnxDecoder:
 
     def shared_past(self, batch: int, length: int) -> list[onnxruntime.OrtValue]:
         """Return buffers for `step_in_place`, each (batch, heads, length, head size)."""
-        return [
-            onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros((batch, v.shape[1], length, v.shape[3]), _CACHE_TYPES[v.type])
-            )
-            for v in self._past
-        ]
+        return [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self.empty_past(batch, length)]
 
     def step_in_place(
         self, input_ids: Integers, attention_mask: Integers, past: Sequence[onnxruntime.OrtValue]
@@ -129,13 +124,14 @@ class OnnxDecoder:
         binding = self._session.io_binding()
         for name, array in self._feeds(input_ids, attention_mask).items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for value, present, buffer in zip(self._past, self._outputs[1:], past, strict=True):
+        logits, *presents = self._outputs
+        binding.bind_output(logits)
+        for value, present, buffer in zip(self._past, presents, past, strict=True):
             binding.bind_ortvalue_input(value.name, buffer)
             binding.bind_ortvalue_output(present, buffer)
-        binding.bind_output(self._outputs[0])
         with clear_errors(self.name):
             self._session.run_with_iobinding(binding)
-        return np.asarray(binding.get_outputs()[-1].numpy(), dtype=np.float32)
+        return np.asarray(binding.get_outputs()[0].numpy(), dtype=np.float32)
 
     def logits(
         self, input_ids: Integers, attention_mask: Integers | None = None, past: Past | None = None

@@ -58,6 +58,11 @@ def check_cache(cache: str, profile: str, *, decoder: bool) -> None:
         raise ExportError("a shared cache is of causal language models, exported without examples", _REMEDY)
 
 
+def has_shared_cache(graph: ir.Graph) -> bool:
+    """Return whether a decoder's cache may be one buffer before and after."""
+    return any(node.op_type == "GroupQueryAttention" for node in graph)
+
+
 def share_cache(graph: ir.Graph, inputs: Mapping[str, ir.Value]) -> None:
     """Let every Attention be a GroupQueryAttention, while shapes are known.
 

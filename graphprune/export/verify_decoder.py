@@ -15,6 +15,7 @@ import onnx_ir as ir
 from graphprune.errors import VerificationError
 from graphprune.export.exact import EXACT, exact_graph
 from graphprune.export.runtime import Array, Integers, OnnxDecoder, Past
+from graphprune.export.shared_cache import has_shared_cache
 
 Reference = Callable[[list[int]], Array]
 """From one text's tokens to its logits (tokens, vocabulary)."""
@@ -133,7 +134,7 @@ def shares_cache(path: Path) -> bool:
     It is so with ONNX Runtime's GroupQueryAttention, which then takes several new tokens of one text alone after
     earlier ones; ONNX's own Attention takes them of several.
     """
-    return any(node.op_type == "GroupQueryAttention" for node in ir.load(path).graph)
+    return has_shared_cache(ir.load(path).graph)
 
 
 def _padded(texts: list[list[int]], paddings: list[int], length: int) -> tuple[Integers, Integers]:

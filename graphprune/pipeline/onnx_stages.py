@@ -26,7 +26,8 @@ from graphprune.files import remove, replacing, size_of, write_json
 from graphprune.pipeline.onnx_genai import write_companions
 from graphprune.pipeline.onnx_session import OnnxRun
 from graphprune.prune.budget import Budget, targets
-from graphprune.prune.onnx import one_shot_budget, prune_onnx
+from graphprune.prune.one_shot_budget import one_shot_budget
+from graphprune.prune.onnx import prune_onnx
 from graphprune.recipe import Recipe
 from graphprune.report.group_document import group_document
 from graphprune.report.group_files import GROUP_FILES, write_groups
@@ -237,6 +238,7 @@ def _allotted(session: OnnxRun, scores: dict[str, torch.Tensor]) -> Budget:
         session.groups,
         scores,
         settings.remove,
+        settings.saliency,
         layout=settings.layout,
         width_multiple=settings.width_multiple,
         keep_at_least=settings.keep_at_least,

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import TrainingError
-from graphprune.prune.budget import Budget, Layout, allot, normalised_by_kind, score_curves, targets
-from graphprune.prune.costs import Measured, cost_named
+from graphprune.prune.budget import Budget, Layout, targets
+from graphprune.prune.one_shot_budget import one_shot_budget
 from graphprune.prune.repair.activations import Calibration
-from graphprune.prune.repair.named import RepairName, repair_named
+from graphprune.prune.repair.named import Repair, RepairName, repair_named
 from graphprune.saliency.effective import effective_weights
 from graphprune.saliency.gates import Gates
-from graphprune.saliency.registry import Evidence, kinds_compare, saliency_named
+from graphprune.saliency.registry import Evidence, saliency_named
 from graphprune.shrink.gated import is_gated
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
@@ -87,18 +87,24 @@ def prune_one_shot(
         )
     names = [group.name for group in targets(groups, (kinds,) if isinstance(kinds, str) else kinds)]
     inputs = [keyword_inputs(model, batch) for batch in batches]
-    with _judged(model, _factors(model, groups)):
+    factors = {name for weight in effective_weights(model, groups).values() for name in weight.factors()}
+    with _judged(model, factors):
         scores = _scores(model, groups, names, inputs, saliency, loss, seed)
-        budget = _budget(model, groups, scores, remove, saliency, layout, width_multiple, keep_at_least)
+        budget = one_shot_budget(
+            groups,
+            scores,
+            remove,
+            saliency,
+            layout=layout,
+            without=factors,
+            width_multiple=width_multiple,
+            keep_at_least=keep_at_least,
+        )
         gates = Gates(model, groups, budget.removed_units)
         try:
             calibration = Calibration.of_batches(inputs, lambda batch: model(**batch))
             made_up = repair_named(repair, model, groups, gates, calibration)
-            with torch.no_grad():
-                for name, count in budget.removed_units.items():
-                    gates.values[name][scores[name].argsort(stable=True)[:count]] = 0
-            if made_up:
-                made_up.update(lambda name: gates.values[name] == 0)
+            shut_least(gates, scores, budget, made_up)
             plan = Plan(gates.redundant())
         finally:
             gates.close()
@@ -107,6 +113,15 @@ def prune_one_shot(
         return shrink(model, groups, plan)
 
     return PrunedModule(made_up.cut(plan, cut) if made_up else cut(), plan, budget)
+
+
+def shut_least(gates: Gates, scores: Mapping[str, Tensor], budget: Budget, repair: Repair | None) -> None:
+    """Shut the gates of the units that score least, as many as a budget says, and let a repair stand in for them."""
+    with torch.no_grad():
+        for name, count in budget.removed_units.items():
+            gates.values[name][scores[name].argsort(stable=True)[:count]] = 0
+    if repair:
+        repair.update(lambda name: gates.values[name] == 0)
 
 
 def _scores(
@@ -130,35 +145,6 @@ def _scores(
         gates.close()
 
 
-def _budget(
-    model: nn.Module,
-    groups: NodeGroups,
-    scores: Mapping[str, Tensor],
-    remove: float,
-    saliency: str,
-    layout: Layout,
-    width_multiple: Mapping[str, int] | None,
-    keep_at_least: float,
-) -> Budget:
-    named = dict(model.named_parameters(remove_duplicate=False))
-    cost = cost_named("parameters", Measured(groups, named.keys() - _factors(model, groups)), list(scores))
-    curves = score_curves(scores)
-    return allot(
-        groups,
-        curves if kinds_compare(saliency) else normalised_by_kind(curves, groups, cost),
-        cost,
-        remove=remove,
-        layout=layout,
-        width_multiple=width_multiple,
-        keep_at_least=keep_at_least,
-    )
-
-
-def _factors(model: nn.Module, groups: NodeGroups) -> set[str]:
-    """Return the names of the adapters' factors."""
-    return {name for weight in effective_weights(model, groups).values() for name in weight.factors()}
-
-
 @contextmanager
 def _judged(model: nn.Module, factors: Collection[str]) -> Iterator[None]:
     """Within the block the model is in evaluation mode and but its adapters can have gradients, which it forgets."""
@@ -180,10 +166,6 @@ def _judged(model: nn.Module, factors: Collection[str]) -> Iterator[None]:
 
 
 def _own_loss(output: Any) -> Tensor:
-    """Return the loss that a model works out itself; a scalar without gradients where it works out none.
-
-    Raises:
-        TrainingError: On a saliency that looks at gradients there are none of; see `Gates.gradients`.
-    """
+    """Return the loss that a model works out itself; a scalar without gradients where it works out none."""
     loss = getattr(output, "loss", None)
     return loss if isinstance(loss, Tensor) else torch.zeros(())

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from graphprune.coupling.groups import NodeGroups
 from graphprune.errors import TrainingError
-from graphprune.prune.budget import Budget, Layout, allot, normalised_by_kind, score_curves, targets
-from graphprune.prune.costs import Measured, cost_named
+from graphprune.prune.budget import Budget, Layout, targets
+from graphprune.prune.one_shot_budget import one_shot_budget
 from graphprune.prune.repair.activations import HELD_OUT
 from graphprune.prune.repair.least_squares import predict
 from graphprune.saliency.onnx import Reader, onnx_scores, readers_of, summed
@@ -75,7 +75,13 @@ def prune_onnx(
     names = [group.name for group in targets(groups, kinds)]
     scores = onnx_scores(saliency, whole, groups, names, batches)
     budget = one_shot_budget(
-        groups, scores, remove, layout=layout, width_multiple=width_multiple, keep_at_least=keep_at_least
+        groups,
+        scores,
+        remove,
+        saliency,
+        layout=layout,
+        width_multiple=width_multiple,
+        keep_at_least=keep_at_least,
     )
     plan = Plan(
         {
@@ -131,30 +137,6 @@ def repaired(
             predictions[key] = predict(fitted[reader.source], held[reader.source], gone)
         _replace(small, reader, predictions[key].fold(reader.weight, reader.axis))
     return small
-
-
-def one_shot_budget(
-    groups: NodeGroups,
-    scores: Mapping[str, Tensor],
-    remove: float,
-    *,
-    layout: Layout,
-    width_multiple: Mapping[str, int] | None = None,
-    keep_at_least: float = 0.0,
-) -> Budget:
-    """Return how many units each group of an ONNX graph loses; see `prune_onnx`."""
-    counted = [name for name, value in groups.graph.weights.items() if value.role == "parameter"]
-    cost = cost_named("parameters", Measured(groups, counted), list(scores))
-    curves = normalised_by_kind(score_curves(scores), groups, cost)
-    return allot(
-        groups,
-        curves,
-        cost,
-        remove=remove,
-        layout=layout,
-        width_multiple=width_multiple,
-        keep_at_least=keep_at_least,
-    )
 
 
 def _gone(groups: NodeGroups, plan: Plan, reader: Reader) -> Tensor:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -58,6 +60,23 @@ def tiny_gpt2() -> nn.Module:
     """LayerNorm, biases, learned positions, one matrix for query, key and value that is not an nn.Linear."""
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=64)
     return randomize(GPT2LMHeadModel(config), seed=2)
+
+
+def tiny_falcon() -> nn.Module:
+    """Multi-query attention: one head of keys and values for all queries."""
+    config = FalconConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        multi_query=True,
+        new_decoder_architecture=False,
+        parallel_attn=True,
+        alibi=False,
+        ffn_hidden_size=96,
+        vocab_size=99,
+        max_position_embeddings=64,
+    )
+    return randomize(FalconForCausalLM(config), seed=6)
 
 
 def tiny_gpt_neox() -> nn.Module:

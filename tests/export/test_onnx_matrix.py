@@ -6,10 +6,9 @@ import itertools
 from pathlib import Path
 
 import pytest
-from exported_models import randomize, tiny_gpt_neox, tiny_llama, tiny_uneven_qwen2, windows
+from exported_models import randomize, tiny_falcon, tiny_gpt_neox, tiny_llama, tiny_uneven_qwen2, windows
 from test_onnx_export import load
 from torch import nn
-from transformers import FalconConfig, FalconForCausalLM
 
 import quant
 from graphprune.errors import ExportError
@@ -95,19 +94,7 @@ def test_another_word_for_adapters_is_refused(tmp_path: Path) -> None:
 
 def test_a_key_head_that_is_broadcast_to_all_queries_is_exported_as_a_group(tmp_path: Path) -> None:
     """Falcon's multi-query attention leaves the broadcast to torch's operator, and ONNX's has none."""
-    config = FalconConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        multi_query=True,
-        new_decoder_architecture=False,
-        parallel_attn=True,
-        alibi=False,
-        ffn_hidden_size=96,
-        vocab_size=99,
-        max_position_embeddings=64,
-    )
-    model = randomize(FalconForCausalLM(config), seed=6)
+    model = tiny_falcon()
     path = export_onnx(model, tmp_path / "onnx")
     assert verify_onnx(path, model, windows(20, 12)).max_relative_error < 1e-5
     cached = {value.name: value for value in load(path).graph.input if "past" in value.name}

@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from exported_models import randomize, tiny_gpt_neox, tiny_llama, tiny_uneven_qwen2, windows
+from exported_models import randomize, tiny_falcon, tiny_gpt_neox, tiny_llama, tiny_uneven_qwen2, windows
 from test_onnx_export import load
 from torch import nn
-from transformers import FalconConfig, FalconForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import quant
 from graphprune.errors import ExportError, SourceError
@@ -36,23 +36,6 @@ def tiny_gemma2() -> nn.Module:
         attn_implementation="eager",
     )
     return randomize(Gemma2ForCausalLM(config), seed=7)
-
-
-def tiny_falcon() -> nn.Module:
-    """Multi-query attention."""
-    config = FalconConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        multi_query=True,
-        new_decoder_architecture=False,
-        parallel_attn=True,
-        alibi=False,
-        ffn_hidden_size=96,
-        vocab_size=99,
-        max_position_embeddings=64,
-    )
-    return randomize(FalconForCausalLM(config), seed=6)
 
 
 def tiny_quantized() -> nn.Module:

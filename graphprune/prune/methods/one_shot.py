@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from graphprune.prune.methods.registry import Pruned, Task, finished, method
 from graphprune.prune.methods.training import calibrated_repair
+from graphprune.prune.one_shot import shut_least
 from graphprune.prune.precision import computing_in_bfloat16, use_bfloat16
 from graphprune.saliency.gates import Gates
 from graphprune.shrink.plan import Plan
@@ -28,11 +27,7 @@ def one_shot(task: Task) -> Pruned:
     try:
         with computing_in_bfloat16(task.model, use_bfloat16(task.settings.training, task.model)):
             repair = calibrated_repair(task, gates)
-        with torch.no_grad():
-            for name, count in budget.removed_units.items():
-                gates.values[name][scores[name].argsort(stable=True)[:count]] = 0
-        if repair:
-            repair.update(lambda name: gates.values[name] == 0)
+        shut_least(gates, scores, budget, repair)
         return finished(task, Plan(gates.redundant()), budget, [], repair)
     finally:
         gates.close()
