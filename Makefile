@@ -9,29 +9,40 @@ STAMP  := $(VENV)/.installed
 
 export GRAPHPRUNE_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: demo test format clean
+.PHONY: demo test style types benchmark-types layers format clean
 
 demo: $(STAMP)
 	$(BIN)/graphprune run examples/recipes/demo.yaml -o $(RUN)
 
 test: $(STAMP)
+	$(MAKE) --jobs 2 --output-sync style types benchmark-types layers
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+
+style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP)
 	$(BIN)/mypy
-	$(BIN)/mypy --allow-untyped-calls --ignore-missing-imports --no-warn-return-any examples/benchmarks
+
+# The benchmarks call peers that have no types; a cache of their own, as the two run at once.
+benchmark-types: $(STAMP)
+	$(BIN)/mypy --cache-dir .mypy_cache/benchmarks --allow-untyped-calls --ignore-missing-imports --no-warn-return-any examples/benchmarks
+
+layers: $(STAMP)
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch comes first and by exact version, so that nothing else asks for the newest build of it.
+# torch comes first and by exact version, so that nothing else asks for the newest build of it. What is imported is
+# compiled then: compiling all of it takes a minute.
 $(STAMP): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("graphprune needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint .ci/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint .ci/constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:

@@ -121,7 +121,7 @@ def run(
     """Prune, quantize, recover, export and report, all in one run."""
     if recipe is None and model is None:
         raise typer.BadParameter("Missing argument 'RECIPE' (or --model with a .onnx file).")
-    console, reporter = _prepared(recipe, quiet)
+    console, reporter = _prepared(recipe, model, quiet)
     from graphprune.pipeline.run import run as run_recipe
     from graphprune.report.terminal import summary_table
 
@@ -141,7 +141,7 @@ def prune(
     recipe: _Recipe, output: _Output, model: _Model = None, fresh: _Fresh = False, quiet: _Quiet = False
 ) -> None:
     """Do a run as far as the pruned model, which stock transformers opens."""
-    console, reporter = _prepared(recipe, quiet)
+    console, reporter = _prepared(recipe, model, quiet)
     from graphprune.pipeline.run import run_until
 
     measured = run_until("reload", recipe, output, reporter, model=model, fresh=fresh)
@@ -159,7 +159,7 @@ def recover(
     recipe: _Recipe, output: _Output, model: _Model = None, fresh: _Fresh = False, quiet: _Quiet = False
 ) -> None:
     """Do a run as far as the recovered model, from where it stands."""
-    console, reporter = _prepared(recipe, quiet)
+    console, reporter = _prepared(recipe, model, quiet)
     from graphprune.pipeline.run import run_until
 
     measured = run_until("recover", recipe, output, reporter, model=model, fresh=fresh)
@@ -297,12 +297,13 @@ def _console() -> Console:
     return Console()
 
 
-def _prepared(recipe: Path | None, quiet: bool) -> tuple[Console, Reporter]:
-    """Check the recipe, then have other libraries keep quiet, and return where to tell results and progress."""
+def _prepared(recipe: Path | None, model: str | None, quiet: bool) -> tuple[Console, Reporter]:
+    """Check what can be without torch, so that a typing error is told at once; return where to tell progress."""
     from graphprune.recipe_file import load_recipe
+    from graphprune.source.location import check_model
 
-    if recipe is not None:
-        load_recipe(recipe)  # a typing error is told at once, before torch is imported
+    settings = load_recipe(recipe, {"model.id": model} if model is not None else None)
+    check_model(settings.model.id, recipe.resolve().parent if recipe is not None else Path.cwd())
     from graphprune.pipeline.progress import Reporter
 
     console = _console()

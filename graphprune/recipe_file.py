@@ -19,20 +19,30 @@ def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> R
     """Read and check a recipe.
 
     Args:
-        path: The YAML file; None for a recipe of which everything is left at its default.
+        path: The YAML file; None for an ONNX file of which all settings are left at their defaults.
         overrides: Values by dotted key that replace the file's, such as ``{"model.id": "./my-model"}``.
 
     Raises:
         RecipeError: If the file cannot be read, or a key or value is wrong; the message names line and key.
     """
-    content, lines = _read(path) if path is not None else ({"graphprune": 1}, {})
+    overrides = overrides or {}
+    content, lines = _read(path) if path is not None else (_of_defaults(overrides.get("model.id")), {})
     path = path or Path("command line")
-    for key, value in (overrides or {}).items():
+    for key, value in overrides.items():
         _set(content, key, value)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise _explain(error, path, lines) from error
+
+
+def _of_defaults(model: object) -> dict[str, Any]:
+    if not str(model).endswith(".onnx"):
+        raise RecipeError(
+            f"without a recipe only a .onnx file can be run, and the model is {model}",
+            "give a recipe, such as examples/recipes/demo.yaml",
+        )
+    return {"graphprune": 1}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

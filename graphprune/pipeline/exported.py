@@ -48,7 +48,8 @@ class Exported:
         Raises:
             SourceError: If there is none.
         """
-        from graphprune.source.model import ModelSource, load_tokenizer
+        from graphprune.source.location import ModelSource
+        from graphprune.source.model import load_tokenizer
 
         folder = self.file.parent
         return load_tokenizer(ModelSource(folder.name, str(folder), True))

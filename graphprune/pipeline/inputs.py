@@ -21,7 +21,8 @@ from graphprune.recipe import Quantize, Recipe, RecoverySource
 from graphprune.recover.course import check_course
 from graphprune.recover.sources import Source, open_text, split_sources, without
 from graphprune.saliency.registry import saliency_named
-from graphprune.source.model import ModelSource, find_model, load_config, load_tokenizer
+from graphprune.source.location import ModelSource, find_model
+from graphprune.source.model import load_config, load_tokenizer
 from graphprune.source.text import Windows, cut_windows, read_text
 from quant.codebooks import get_format
 from quant.errors import QuantError
@@ -77,7 +78,7 @@ def open_inputs(recipe: Recipe, base: Path) -> Inputs:
         raise RecipeError(
             f"'{data.train}' and '{data.evaluate}' share documents", "judge by text that was not learned from"
         )
-    source = find_model(_local(recipe.model.id, base))
+    source = find_model(recipe.model.id, base)
     tokenizer = load_tokenizer(source)
     train = cut_windows(train_text, tokenizer, window=data.window, limit=data.train_windows, name=data.train)
     evaluate = cut_windows(
@@ -177,11 +178,6 @@ def stack_format(settings: Quantize) -> str:
 def _bits(settings: Quantize, name: str) -> float:
     format = get_format(name)
     return format.bits + (1 + format.affine) * _SCALE_BITS[settings.scale_storage] / settings.block_size
-
-
-def _local(reference: str, base: Path) -> str:
-    beside = base / reference
-    return str(beside) if not Path(reference).is_dir() and beside.is_dir() else reference
 
 
 def _model_stamp(source: ModelSource) -> str:

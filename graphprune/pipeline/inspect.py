@@ -18,7 +18,8 @@ from graphprune.files import write_json
 from graphprune.pipeline.onnx_arrays import example_arrays
 from graphprune.report.group_document import Document, group_document
 from graphprune.report.group_files import write_groups
-from graphprune.source.model import ModelSource, example_inputs, find_model, load_model, model_class
+from graphprune.source.location import ModelSource, find_model
+from graphprune.source.model import example_inputs, load_model, model_class
 from graphprune.trace.model import trace
 
 

@@ -21,7 +21,8 @@ from graphprune.pipeline.stamps import LATER, section_digest, start_digest
 from graphprune.prune.target import check_windows
 from graphprune.recipe import Recipe
 from graphprune.saliency.onnx import ONNX_SALIENCIES
-from graphprune.source.model import ModelSource, load_tokenizer
+from graphprune.source.location import ModelSource, find_file, place_of
+from graphprune.source.model import load_tokenizer
 from graphprune.source.text import Windows, cut_windows, read_text
 from graphprune.trace.onnx_reading import read_onnx
 
@@ -79,7 +80,7 @@ def open_onnx_inputs(recipe: Recipe, base: Path) -> OnnxInputs:
         TraceError: If the file is no sound ONNX model.
     """
     check_settings(recipe)
-    file = _found(recipe.model.id, base, "model")
+    file = find_file(recipe.model.id, base, "model")
     model = read_onnx(file)
     stamp = _stamp(file, model)
     is_decoder, data = _is_decoder(file, model), recipe.data
@@ -100,7 +101,7 @@ def open_onnx_inputs(recipe: Recipe, base: Path) -> OnnxInputs:
         check_windows(recipe.prune, train)
     arrays: tuple[Arrays, ...] = ()
     if data.inputs is not None:
-        path = _found(data.inputs, base, "file of arrays")
+        path = find_file(data.inputs, base, "file of arrays")
         arrays = tuple(read_arrays(path, model))
         stamp += _digest(path)
     ids = (windows.ids.numpy().tobytes() for windows in (train, evaluate) if windows is not None)
@@ -192,7 +193,7 @@ def _is_decoder(file: Path, model: ir.Model) -> bool:
 
 
 def _tokenizer(recipe: Recipe, file: Path, base: Path) -> Any:
-    place = file.parent if recipe.model.tokenizer is None else _place(recipe.model.tokenizer, base)
+    place = file.parent if recipe.model.tokenizer is None else place_of(recipe.model.tokenizer, base)
     alone = place / "tokenizer.json" if place.is_dir() else place
     if place.is_dir() and any((place / name).is_file() for name in ("tokenizer_config.json", "config.json")):
         return load_tokenizer(ModelSource(place.name, str(place), True))
@@ -205,18 +206,6 @@ def _tokenizer(recipe: Recipe, file: Path, base: Path) -> Any:
         return PreTrainedTokenizerFast(tokenizer_file=str(alone))
     except Exception as error:  # the library raises no narrower one for a file that is no tokenizer
         raise SourceError(f"{alone} is not a tokenizer: {error}", "give a tokenizer.json") from error
-
-
-def _found(reference: str, base: Path, what: str) -> Path:
-    path = _place(reference, base)
-    if not path.is_file():
-        raise SourceError(f"there is no {what} '{reference}'", "give the path of a file")
-    return path
-
-
-def _place(reference: str, base: Path) -> Path:
-    path = Path(reference).expanduser()
-    return (path if path.exists() or not (base / reference).exists() else base / reference).resolve()
 
 
 def _stamp(file: Path, model: ir.Model) -> str:

@@ -160,11 +160,6 @@ def _opened(
     fresh: bool,
 ) -> Iterator[AnySession]:
     _check_alone()
-    if recipe_path is None and not str(replaced["model.id"]).endswith(".onnx"):
-        raise RecipeError(
-            f"without a recipe only a .onnx file can be run, and the model is {replaced['model.id']}",
-            "give a recipe, such as examples/recipes/demo.yaml",
-        )
     recipe = load_recipe(recipe_path, {key: value for key, value in replaced.items() if value is not None})
     reporter.say(f"recipe {recipe_path or 'of defaults'}, model {recipe.model.id}, into {output}")
     base = recipe_path.resolve().parent if recipe_path is not None else Path.cwd()

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graphprune.errors import ShrinkError, SourceError
-from graphprune.source.model import ModelSource, find_model, load_config, load_model, model_class
+from graphprune.source.location import ModelSource, find_model
+from graphprune.source.model import load_config, load_model, model_class
 
 RECORD = "graphprune.json"
 KEY = "layers"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,54 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from graphprune.errors import SourceError
-from graphprune.source.demo import DEMO, demo_folder
-
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Where a model comes from.
-
-    Attributes:
-        name: For people: what the user asked for.
-        location: A folder, or a hub id.
-        is_local: Whether `location` is a folder.
-    """
-
-    name: str
-    location: str
-    is_local: bool
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weight files; 0 for a hub id that is not a folder."""
-        if not self.is_local:
-            return 0
-        return sum(file.stat().st_size for file in Path(self.location).glob("*.safetensors"))
-
-
-def find_model(reference: str) -> ModelSource:
-    """Resolve what the user calls a model.
-
-    Args:
-        reference: ``demo``, a path to a transformers folder, or a hub id such as ``owner/name``.
-
-    Raises:
-        SourceError: If there is no such folder, or it lacks a config or safetensors weights.
-    """
-    if reference == DEMO:
-        return ModelSource("SmolLM2-135M-Instruct", str(demo_folder()), True)
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
-        _check_folder(folder)
-        return ModelSource(folder.resolve().name, str(folder.resolve()), True)
-    if reference.count("/") == 1 and not reference.startswith((".", "/", "~")):
-        return ModelSource(reference, reference, False)
-    raise SourceError(
-        f"there is no model '{reference}'",
-        "give a transformers folder, a hub id such as owner/name, or 'demo'",
-    )
+from graphprune.source.location import ModelSource
 
 
 def load_model(
@@ -106,16 +57,6 @@ def _open(source: ModelSource, loader: Any, **options: Any) -> Any:
             else "without a network, give a local transformers folder instead (--model PATH)"
         )
         raise SourceError(f"cannot open {source.location}: {first}", remedy) from error
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise SourceError(f"{folder} has no config.json", "give a folder that save_pretrained wrote")
-    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
-        raise SourceError(
-            f"{folder} has no safetensors weights",
-            "convert them with model.save_pretrained(folder); pickled weights are not read",
-        )
 
 
 def model_class(config: Any) -> Any:

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+RECIPE = Path(__file__).parents[2] / "examples" / "recipes" / "demo.yaml"
 
 
 def graphprune(*arguments, check=False):
@@ -86,6 +89,23 @@ def test_errors_are_one_message_and_an_exit_code(arguments, code, message, tmp_p
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", ["none.onnx", "./none", "none"])
+def test_a_model_that_is_not_there_is_told_before_torch_is_imported(model, tmp_path):
+    code = f"""
+import sys
+from graphprune.cli import app
+from graphprune.errors import GraphPruneError
+try:
+    app(["run", {str(RECIPE)!r}, "--model", {model!r}, "-o", "RUN"])
+except GraphPruneError as error:
+    assert "there is no model" in str(error)
+    sys.exit(100 if "torch" in sys.modules else 42)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
+    assert done.returncode == 42
     assert list(tmp_path.iterdir()) == []
 
 

@@ -72,34 +72,39 @@ def logits(model):
 BUILDS = pytest.mark.parametrize("build", [llama, qwen3, gpt2], ids=lambda build: build.__name__)
 
 
-@BUILDS
-def test_a_process_of_its_own_computes_the_same(build, tmp_path):
-    small = uneven(build)
-    folder = saved(small, tmp_path / "model")
+def test_a_process_of_its_own_computes_the_same(tmp_path):
+    small = {build.__name__: uneven(build) for build in (llama, qwen3, gpt2)}
     code = """
 import sys, torch, graphprune as gp
 from safetensors.torch import load_file, save_file
-model = gp.load(sys.argv[1])
-ids = load_file(sys.argv[2])["ids"]
-with torch.no_grad():
-    output = model(input_ids=ids, output_hidden_states=True)
-assert len(output.hidden_states) == 4 and not model.training and type(model).__module__.startswith("transformers.")
-runs = [
-    model.generate(
-        ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=12, min_new_tokens=12, do_sample=False,
-        use_cache=use_cache, pad_token_id=0,
-    )
-    for use_cache in (True, False)
-]
-save_file({"logits": output.logits, "cached": runs[0], "uncached": runs[1]}, sys.argv[3])
+ids = load_file(sys.argv[1])["ids"]
+for folder in sys.argv[2:]:
+    model = gp.load(folder)
+    with torch.no_grad():
+        output = model(input_ids=ids, output_hidden_states=True)
+    assert len(output.hidden_states) == 4 and not model.training
+    assert type(model).__module__.startswith("transformers.")
+    runs = [
+        model.generate(
+            ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=12, min_new_tokens=12, do_sample=False,
+            use_cache=use_cache, pad_token_id=0,
+        )
+        for use_cache in (True, False)
+    ]
+    save_file({"logits": output.logits, "cached": runs[0], "uncached": runs[1]}, f"{folder}.safetensors")
 """
     save_file({"ids": IDS}, tmp_path / "ids.safetensors")
-    paths = [str(folder), str(tmp_path / "ids.safetensors"), str(tmp_path / "out.safetensors")]
-    subprocess.run([sys.executable, "-c", code, *paths], check=True, capture_output=True)
-    out = load_file(paths[2])
-    assert torch.equal(out["logits"], logits(small))
-    assert torch.equal(out["cached"], out["uncached"])
-    assert out["cached"].shape == (1, 22)
+    folders = [str(saved(model, tmp_path / name)) for name, model in small.items()]
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "ids.safetensors"), *folders],
+        check=True,
+        capture_output=True,
+    )
+    for name, model in small.items():
+        out = load_file(tmp_path / f"{name}.safetensors")
+        assert torch.equal(out["logits"], logits(model))
+        assert torch.equal(out["cached"], out["uncached"])
+        assert out["cached"].shape == (1, 22)
 
 
 @BUILDS

@@ -8,7 +8,8 @@ import torch
 
 from graphprune.errors import SourceError
 from graphprune.source import demo
-from graphprune.source.model import ModelSource, find_model, load_model
+from graphprune.source.location import ModelSource, find_model
+from graphprune.source.model import load_model
 
 
 @pytest.fixture
