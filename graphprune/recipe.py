@@ -211,7 +211,7 @@ class Prune(_Section):
 
     @model_validator(mode="after")
     def _nothing_is_set_in_vain(self) -> Self:
-        idle: tuple[str, ...] = _IDLE_WITH_BLOCKS if self.method == "blocks" else ()
+        idle = _IDLE.get(self.method, ())
         idle += ("loraprune",) if self.method != "loraprune" else ()
         idle += ("paper",) if self.mode != "paper" else ()
         for name in idle:
@@ -226,7 +226,13 @@ class Prune(_Section):
         return self
 
 
-_IDLE_WITH_BLOCKS = "layout", "normalise", "saliency", "kinds", "repair", "distribution"
+_SCHEDULE = "warmup_steps", "periods", "period_steps", "settle_steps", "half_space"
+_IDLE: dict[str, tuple[str, ...]] = {
+    "blocks": ("layout", "normalise", "saliency", "kinds", "repair", "distribution", *_SCHEDULE),
+    "loraprune": _SCHEDULE,
+    "one_shot": _SCHEDULE,
+}
+"""What built-in methods do not read; one from outside may read anything."""
 
 
 class Quantize(_Section):

@@ -117,8 +117,9 @@ class Bench:
         )
 
     def model(self) -> Any:
-        """Return the dense model anew."""
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        """Return the dense model anew, frozen: adapters alone are trained, not the embedding and norms beside them."""
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        return model.eval().requires_grad_(False)
 
     def perplexity(self, model: Any) -> float:
         """Return the perplexity on the evaluation windows."""

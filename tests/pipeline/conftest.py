@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pruning_settings import SCHEDULE
 from tiny_models import tiny_llama
 
 RECIPE = """\
@@ -20,10 +21,7 @@ prune:
   calibration_windows: 4
   rank: 4
   alpha: 8
-  warmup_steps: 1
-  periods: 2
-  period_steps: 2
-  settle_steps: 1
+{schedule}
   training: {{learning_rate: 1e-3, batch_size: 2, precision: float32}}
 quantize:
   {{format: nf4, block_size: 16, rank: 4, iterations: 2, embedding: int8, calibration_windows: 4,
@@ -84,5 +82,7 @@ def bench(tmp_path_factory) -> Workbench:
     (folder / "train.txt").write_text(words(0, 600))
     (folder / "evaluate.txt").write_text(words(1, 200))
     recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE.format(model="tiny", train="train.txt", evaluate="evaluate.txt"))
+    recipe.write_text(
+        RECIPE.format(model="tiny", train="train.txt", evaluate="evaluate.txt", schedule=SCHEDULE)
+    )
     return Workbench(folder, model, recipe)

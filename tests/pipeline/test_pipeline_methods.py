@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from pruning_settings import prunes_by
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,8 +19,6 @@ from graphprune.pipeline.run import run
 from graphprune.pipeline.session import Session
 from graphprune.pipeline.stages import prune_stage, trace_stage
 from graphprune.recipe_file import load_recipe
-
-MARK = "  settle_steps: 1"
 
 
 def pruned(recipe, folder):
@@ -48,7 +47,7 @@ def pruned(recipe, folder):
     ],
 )
 def test_each_method_prunes_what_was_asked(bench, tmp_path, settings, steps):
-    recipe = bench.with_recipe(method=(MARK, f"{MARK}\n  {settings}"))
+    recipe = bench.with_recipe(method=prunes_by(settings))
     folder = tmp_path / "RUN"
     rows, session = pruned(recipe, folder)
     assert [row["step"] for row in rows] == list(range(steps))
@@ -66,7 +65,7 @@ def test_a_run_that_removes_whole_blocks_ends_in_an_onnx_file(bench, tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(bench.model)
     one, all_ = (sum(p.numel() for p in part.parameters()) for part in (dense.model.layers[0], dense))
     recipe = bench.with_recipe(
-        method=(MARK, f"{MARK}\n  method: blocks"), share=("remove: 0.2", f"remove: {one / all_:.3f}")
+        method=prunes_by("method: blocks"), share=("remove: 0.2", f"remove: {one / all_:.3f}")
     )
     report = run(recipe, tmp_path / "RUN", Reporter(None))
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "RUN" / "model")
@@ -78,7 +77,7 @@ def test_a_run_that_removes_whole_blocks_ends_in_an_onnx_file(bench, tmp_path):
 
 def test_what_a_method_writes_to_the_weights_ends_with_its_stage(bench, tmp_path):
     """Paper mode zeroes rows of the base; later stages see the model as it came."""
-    recipe = bench.with_recipe(method=(MARK, f"{MARK}\n  mode: paper"))
+    recipe = bench.with_recipe(method=prunes_by("mode: paper"))
     _, session = pruned(recipe, tmp_path / "RUN")
     first = AutoModelForCausalLM.from_pretrained(bench.model).state_dict()
     for name, tensor in session.dense.state_dict().items():
@@ -93,7 +92,7 @@ def test_new_biases_are_where_the_stock_class_has_them_and_zero_elsewhere(
     bench, tmp_path, kind, switch, layers, filled
 ):
     recipe = bench.with_recipe(
-        method=(MARK, f"{MARK}\n  method: one_shot\n  repair: bias\n  kinds: [{kind}]"),
+        method=prunes_by(f"method: one_shot\n  repair: bias\n  kinds: [{kind}]"),
         share=("remove: 0.2", "remove: 0.15"),
     )
     pruned(recipe, tmp_path / "RUN")
@@ -114,7 +113,7 @@ def test_biases_that_stock_classes_would_not_open_are_refused_before_any_work(be
 
     monkeypatch.setattr("graphprune.shrink.biases._switches", lambda config: [])
     monkeypatch.setattr(stages, "method_named", lambda name: forbidden)
-    recipe = bench.with_recipe(method=(MARK, f"{MARK}\n  repair: bias"))
+    recipe = bench.with_recipe(method=prunes_by("repair: bias"))
     with pytest.raises(ShrinkError, match=r"LlamaForCausalLM has no place for model\.layers\.0.*proj\.bias"):
         pruned(recipe, tmp_path / "RUN")
 
@@ -132,7 +131,7 @@ def test_biases_that_stock_classes_would_not_open_are_refused_before_any_work(be
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_words(bench, settings, message):
-    recipe = bench.with_recipe(method=(MARK, f"{MARK}\n  {settings}"))
+    recipe = bench.with_recipe(method=prunes_by(settings))
     with pytest.raises(RecipeError, match=message):
         open_inputs(load_recipe(recipe), recipe.parent)
 
@@ -144,7 +143,7 @@ def test_a_multiple_for_a_kind_that_does_not_exist_is_refused(bench):
 
 
 def test_paper_mode_turns_off_what_needs_gates(bench):
-    recipe = bench.with_recipe(method=(MARK, f"{MARK}\n  mode: paper"))
+    recipe = bench.with_recipe(method=prunes_by("mode: paper"))
     settings = load_recipe(recipe).prune
     assert settings.repair == "none"
     assert settings.training.distill == 0

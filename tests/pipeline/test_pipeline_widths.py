@@ -7,6 +7,7 @@ import json
 import pytest
 import tiny_models
 import torch
+from pruning_settings import prunes_by
 from tiny_models import randomized, tiny_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -23,7 +24,6 @@ from graphprune.recipe_file import load_recipe
 
 from conftest import save_tokenizer  # isort: skip
 
-MARK = "  settle_steps: 1"
 SILENT = Reporter(None)
 
 
@@ -136,9 +136,7 @@ def test_widths_that_a_class_has_no_setting_for_are_refused_before_anything_slow
 )
 def test_what_cannot_be_done_is_found_by_a_rehearsal(bench, session, settings, error, message):
     remove = 0.5 if "hidden" in settings else 0.7
-    recipe = changed(
-        bench, method=(MARK, f"{MARK}\n  {settings}"), share=("remove: 0.2", f"remove: {remove}")
-    )
+    recipe = changed(bench, method=prunes_by(settings), share=("remove: 0.2", f"remove: {remove}"))
     session.recipe = load_recipe(recipe)
     with pytest.raises(error, match=message):
         rehearse(session)
@@ -150,7 +148,7 @@ def test_what_cannot_be_done_is_found_by_a_rehearsal(bench, session, settings, e
 def test_a_rehearsal_tries_the_method_itself_and_leaves_nothing_on_the_model(
     bench, session, monkeypatch, method, optimizer
 ):
-    session.recipe = load_recipe(changed(bench, method=(MARK, f"{MARK}\n  method: {method}")))
+    session.recipe = load_recipe(changed(bench, method=prunes_by(f"method: {method}")))
     before = {name: tensor.clone() for name, tensor in session.adapted.state_dict().items()}
     rehearse(session)
     assert not any(module._forward_pre_hooks for module in session.adapted.modules())
@@ -174,7 +172,7 @@ def test_a_rehearsal_tries_the_method_itself_and_leaves_nothing_on_the_model(
 )
 def test_text_that_is_too_short_is_found_before_the_model_is_opened(bench, tmp_path, settings, message):
     recipe = bench.with_recipe(
-        method=(MARK, f"{MARK}\n  {settings}"),
+        method=prunes_by(settings),
         windows=("calibration_windows: 4\n  rank", "calibration_windows: 1\n  rank"),
     )
     with pytest.raises(RecipeError, match=message):
