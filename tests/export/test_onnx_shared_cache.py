@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from exported_models import randomize, tiny_falcon, tiny_gpt_neox, tiny_llama, tiny_uneven_qwen2, windows
 from test_onnx_export import load
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+import graphprune as gp
 import quant
 from graphprune.errors import ExportError, SourceError
 from graphprune.export.genai import write_genai_config
@@ -44,10 +46,20 @@ def tiny_quantized() -> nn.Module:
     return model.eval()
 
 
+def ones(length: int) -> np.ndarray:
+    return np.ones((1, length), np.int64)
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """A tiny Llama's file with a shared cache."""
     return export_onnx(tiny_llama(), tmp_path_factory.mktemp("shared") / "onnx", cache="shared")
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory):
+    """The same Llama's file with a cache that grows."""
+    return export_onnx(tiny_llama(), tmp_path_factory.mktemp("growing") / "onnx")
 
 
 @pytest.mark.parametrize("build", [tiny_gpt_neox, tiny_quantized, tiny_falcon])
@@ -83,12 +95,33 @@ def test_new_keys_are_written_behind_the_old_ones_and_the_rest_is_left_alone(sha
         assert not buffer.numpy()[:, :, 9:].any()
 
 
-def test_genai_is_told_that_the_buffer_is_shared(shared, tmp_path):
-    growing = export_onnx(tiny_llama(), tmp_path / "growing")
+def test_genai_is_told_that_the_buffer_is_shared(shared, growing):
     for path in (growing, shared):
         settings = {"hidden_size": 32, "num_attention_heads": 4, "context_length": 64, "eos_token_ids": [2]}
         config = json.loads(write_genai_config(path.parent, **settings).read_text())
         assert config["search"]["past_present_share_buffer"] == (path == shared)
+
+
+def test_such_a_file_is_cut_as_one_whose_cache_grows(shared, growing, tmp_path):
+    """Its masks are of the tokens that there are, its buffers of more."""
+    ids = np.random.default_rng(1).integers(3, 60, (1, 12))
+    cut = []
+    for path in (growing, shared):
+        groups = gp.node_groups(gp.trace(path))
+        first = {group.kind: name for name, group in groups.items() if group.prunable}
+        plan = gp.Plan({first["attention_heads"]: [1], first["ffn"]: range(16)})
+        small = tmp_path / path.parents[1].name / "model.onnx"
+        small.parent.mkdir()
+        ir.save(gp.shrink(None, groups, plan), small, external_data="model.onnx.data")
+        cut.append(OnnxDecoder(small))
+    grows, shares = cut
+    past = shares.shared_past(1, 30)
+    assert past[-1].shape()[1] == 1
+    steps = [
+        shares.step_in_place(ids[:, :7], ones(7), past),
+        shares.step_in_place(ids[:, 7:], ones(12), past),
+    ]
+    np.testing.assert_allclose(np.concatenate(steps, 1), grows.logits(ids), atol=1e-5)
 
 
 def test_several_tokens_of_several_texts_behind_earlier_ones_are_refused_in_words(shared):

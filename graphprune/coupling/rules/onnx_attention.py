@@ -43,7 +43,8 @@ def group_query_attention(operator: Operator, algebra: Algebra) -> tuple[Axes, .
     if operator["head_sink"] is not None:
         algebra.same(algebra[operator["head_sink"]][0], query[1])
     past = (operator["past_key"], operator["past_value"])
-    results = _attention(operator, algebra, (query, key, value), past, operator["attention_bias"])
+    bias = operator["attention_bias"]
+    results = _attention(operator, algebra, (query, key, value), past, bias, has_room=True)
     return results[: len(operator.outputs)]
 
 
@@ -161,8 +162,13 @@ def _attention(
     operands: tuple[Axes, Axes, Axes],
     past: tuple[Value | None, Value | None],
     mask: Value | None,
+    *,
+    has_room: bool = False,
 ) -> tuple[Axes, ...]:
-    """Return the axes of the result, its heads merged again as the operator does, and of the caches."""
+    """Return the axes of the result, its heads merged again as the operator does, and of the caches.
+
+    Where a cache may have room for more tokens than there are, the mask is of those that there are.
+    """
     query, key, value = operands
     caches: list[Axes] = []
     for axes, cache in ((key, past[0]), (value, past[1])):
@@ -173,9 +179,14 @@ def _attention(
                 algebra.same(before[position], axes[position])
             length = algebra.fresh([cache.shape[2] + length.size])[0]
         caches.append([axes[0], axes[1], length, axes[3]])
-    table = None if mask is None else algebra[mask]
-    if mask is not None and mask.shape[-1] not in (1, caches[0][2].size):
-        raise CouplingError(f"the mask '{mask.name}' is shorter than the keys", "give one for all of them")
+    table = None if mask is None else list(algebra[mask])
+    if mask is not None and table is not None and mask.shape[-1] not in (1, caches[0][2].size):
+        if not has_room:
+            raise CouplingError(
+                f"the mask '{mask.name}' is shorter than the keys", "give one for all of them"
+            )
+        algebra.pin(table[-1], "tokens of a cache are counted")
+        table[-1] = caches[0][2]
     contracted = (operator.inputs[0], operator["key"] or operator["K"] or operator.inputs[0])
     result = attend(algebra, (query, caches[0], caches[1]), contracted, mask=table, grouped=True)
     first = operator.outputs[0]
