@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from exported_models import randomize, tiny_falcon, tiny_gpt_neox, tiny_llama, tiny_uneven_qwen2, windows
 from test_onnx_export import load
@@ -17,6 +18,7 @@ import quant
 from graphprune.errors import ExportError, SourceError
 from graphprune.export.genai import write_genai_config
 from graphprune.export.runtime import OnnxDecoder
+from graphprune.export.shared_cache import has_shared_cache, share_cache
 from graphprune.export.verify import verify_onnx
 from graphprune.export.verify_decoder import exact_decoder
 from graphprune.export.write import export_onnx
@@ -160,3 +162,52 @@ def test_attention_that_is_no_one_operator_is_told_with_its_cache(tmp_path):
     with pytest.raises(ExportError, match=r"past_key_values\.0\.key is read by Concat.*\n.*growing"):
         export_onnx(tiny_gemma2(), tmp_path / "onnx", cache="shared")
     assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize("truths", [True, False])
+def test_what_is_masked_or_added_to_scores_is_so_afterwards(truths):
+    """One Attention behind a cache of three tokens, its mask of truths, or of numbers such as ALiBi's."""
+    generator = np.random.default_rng(5)
+    numbers = generator.standard_normal((1, 1, 4, 7)).astype(np.float32)
+    earlier = np.tri(4, 7, 3, dtype=bool)
+    mask = earlier & ((numbers > -0.5) | (np.arange(7) == 0)) if truths else np.where(earlier, numbers, -1e9)
+    arrays = {
+        "input_ids": np.zeros((1, 4), np.int64),
+        "attention_mask": np.ones((1, 7), np.int64),
+        "query": generator.standard_normal((1, 4, 32)).astype(np.float32),
+        "key": generator.standard_normal((1, 4, 16)).astype(np.float32),
+        "value": generator.standard_normal((1, 4, 16)).astype(np.float32),
+        "mask": mask if truths else mask.astype(np.float32),
+        "past_key_values.0.key": generator.standard_normal((1, 2, 3, 8)).astype(np.float32),
+        "past_key_values.0.value": generator.standard_normal((1, 2, 3, 8)).astype(np.float32),
+    }
+    names = {3: "past", 4: "tokens", 7: "all_tokens"}
+    given = {
+        name: ir.Value(
+            name=name,
+            shape=ir.Shape(["batch", *(names.get(size, size) for size in array.shape[1:])]),
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        )
+        for name, array in arrays.items()
+    }
+    fused = ir.node(
+        "Attention",
+        [given[name] for name in list(arrays)[2:]],
+        {"q_num_heads": 4, "kv_num_heads": 2, "scale": 0.3},
+        num_outputs=3,
+    )
+    graph = ir.Graph(given.values(), fused.outputs, nodes=[fused], opset_imports={"": 23, "com.microsoft": 1})
+    for number, output in enumerate(graph.outputs):
+        output.name, output.type = f"output.{number}", ir.TensorType(ir.DataType.FLOAT)
+    expected = computed(graph, arrays)
+    share_cache(graph, given)
+    assert has_shared_cache(graph)
+    for ours, theirs in zip(computed(graph, arrays), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def computed(graph: ir.Graph, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+    model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    taken = {value.name for value in session.get_inputs()}
+    return session.run(None, {name: array for name, array in arrays.items() if name in taken})
