@@ -8,7 +8,7 @@ it is, padding on the left included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,9 +17,11 @@ import onnx_ir as ir
 
 from graphprune.errors import ExportError
 from graphprune.export.graph_writer import MICROSOFT, GraphWriter
+from graphprune.trace.graph import Operator
 
 Cache = Literal["growing", "shared"]
 
+_ATTENTION = "aten.scaled_dot_product_attention.default"
 _KEPT = "scale", "softcap"
 _MULTIPLE = 8
 """Head sizes that the operator computes with are multiples of it."""
@@ -56,6 +58,19 @@ def check_cache(cache: str, profile: str, *, decoder: bool) -> None:
         )
     if cache == "shared" and not decoder:
         raise ExportError("a shared cache is of causal language models, exported without examples", _REMEDY)
+
+
+def check_attention(operators: Iterable[Operator]) -> None:
+    """Tell of a traced module, before anything long is done with it, that it cannot be written so.
+
+    Raises:
+        ExportError: If attention is no operator of its own, or has heads of a size that cannot be.
+    """
+    queries = [operator["query"] for operator in operators if operator.target == _ATTENTION]
+    if not queries:
+        raise ExportError("attention is not one operator in this model, and cannot share its cache", _REMEDY)
+    for query in queries:
+        _check_size(query.name, query.shape[-1])
 
 
 def has_shared_cache(graph: ir.Graph) -> bool:
@@ -184,9 +199,15 @@ def _layout(node: ir.Node, label: str) -> _Layout:
             f"{label} has {heads} heads, keys {key[0]} of {key[1]}, values {value[0]} of {value[1]}", _REMEDY
         )
     key_heads, size = key
-    if size % _MULTIPLE:
-        raise ExportError(f"{label} has heads of {size}, and a shared cache wants a multiple of 8", _REMEDY)
+    _check_size(label, size)
     return _Layout((heads, key_heads, key_heads), size, not flat)
+
+
+def _check_size(label: str, size: int) -> None:
+    if size % _MULTIPLE:
+        raise ExportError(
+            f"{label} has heads of {size}, and a shared cache wants a multiple of {_MULTIPLE}", _REMEDY
+        )
 
 
 def _heads_and_size(value: ir.Value | None) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import torch
 from graphprune.certify.certificate import certify
 from graphprune.errors import ShrinkError, VerificationError
 from graphprune.export.runtime import OnnxDecoder
+from graphprune.export.shared_cache import check_attention
 from graphprune.export.verify import verify_onnx
 from graphprune.export.write import export_onnx
 from graphprune.files import remove, replacing, size_of, write_json, write_text
@@ -56,10 +57,12 @@ def trace_stage(session: Session) -> str:
 
 
 def rehearse(session: Session) -> None:
-    """Raise, in little time, if the model as traced cannot be pruned as the recipe asks."""
+    """Raise, in little time, if the model as traced cannot be pruned or written as the recipe asks."""
     if session.recipe.prune.repair == "bias":
         _check_biases(session)
     check_reconstruction(session)
+    if session.recipe.export.cache == "shared":
+        check_attention(session.groups.graph.operators)
     check_task(_task(session, budget_that_opens))
 
 

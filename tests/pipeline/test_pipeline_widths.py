@@ -12,7 +12,15 @@ from tiny_models import randomized, tiny_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import graphprune as gp
-from graphprune.errors import BudgetError, RecipeError, RefusedWidthsError, ShrinkError, TrainingError
+from graphprune.errors import (
+    BudgetError,
+    ExportError,
+    RecipeError,
+    RefusedWidthsError,
+    ShrinkError,
+    TrainingError,
+)
+from graphprune.export.shared_cache import check_attention
 from graphprune.pipeline import run as module
 from graphprune.pipeline.folder import open_run_folder
 from graphprune.pipeline.inputs import open_inputs
@@ -140,6 +148,25 @@ def test_what_cannot_be_done_is_found_by_a_rehearsal(bench, session, settings, e
     session.recipe = load_recipe(recipe)
     with pytest.raises(error, match=message):
         rehearse(session)
+
+
+def test_heads_that_cannot_share_a_cache_are_told_before_anything_slow(
+    bench, many_heads, tmp_path, nothing_slow
+):
+    shared = ("export: {", "export: {cache: shared, ")
+    with pytest.raises(ExportError, match=r"heads of 4, and a shared cache wants a multiple of 8\n.*growing"):
+        pruned(changed(bench, many_heads, shared=shared), tmp_path / "RUN")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_that_is_not_one_operator_cannot_share_its_cache(implementation):
+    model = tiny_llama(attn_implementation=implementation)
+    operators = gp.trace(model, {"input_ids": torch.arange(20).reshape(2, 10) + 3}).operators
+    if implementation == "sdpa":
+        check_attention(operators)
+    else:
+        with pytest.raises(ExportError, match="attention is not one operator"):
+            check_attention(operators)
 
 
 @pytest.mark.parametrize(
