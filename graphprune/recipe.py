@@ -211,13 +211,16 @@ class Prune(_Section):
 
     @model_validator(mode="after")
     def _nothing_is_set_in_vain(self) -> Self:
-        idle = _IDLE.get(self.method, ())
-        idle += ("loraprune",) if self.method != "loraprune" else ()
-        idle += ("paper",) if self.mode != "paper" else ()
-        for name in idle:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                how = f"method {self.method}" if name != "paper" else f"mode {self.mode}"
-                raise ValueError(f"with {how} nothing reads prune.{name}")
+        idle = {f"method {self.method}": _IDLE.get(self.method, ())}
+        if self.method != "loraprune":
+            idle[f"method {self.method}"] += ("loraprune",)
+        if self.mode != "paper":
+            idle[f"mode {self.mode}"] = ("paper",)
+        fields = type(self).model_fields
+        for how, names in idle.items():
+            vain = [f"prune.{name}" for name in names if getattr(self, name) != fields[name].default]
+            if vain:
+                raise ValueError(f"with {how} nothing reads {', '.join(vain)}")
         if self.layout == "uniform" and self.distribution.unprunable:
             raise ValueError(
                 "distribution.unprunable keeps single layers whole, and layout uniform gives all layers one width; "

@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import graphprune as gp
+from graphprune.prune.budget import Budget
 from graphprune.prune.methods.registry import Task, method_named
 from graphprune.prune.precision import computing_in_bfloat16, use_bfloat16
-from graphprune.prune.target import recipe_budget
+from graphprune.prune.target import recipe_budget, recipe_distribution
 from graphprune.prune.training import Objective, logits_of, train
 from graphprune.recipe import Prune, Training
 from graphprune.saliency.blocks import block_influence
@@ -91,6 +92,13 @@ CASES = (
     ),
     Case("FLAP's scores, repaired", {"method": "one_shot", "saliency": "flap"}),
     Case("Fisher, repaired, per layer", {"method": "one_shot", "saliency": "fisher", "layout": "per_layer"}),
+    Case(
+        "Wanda, repaired, by the knowledge distribution",
+        {
+            **{"method": "one_shot", "saliency": "wanda", "layout": "per_layer"},
+            "distribution": {"ratios": (0.3,)},
+        },
+    ),
     Case("LoRAPrune", {"method": "loraprune", "repair": "none", "training": {"distill": 0.0}}),
     Case("LHSPG, paper mode", {"method": "lhspg", "mode": "paper"}),
     Case("LHSPG, gated", {"method": "lhspg"}),
@@ -167,9 +175,14 @@ def prune(bench: Bench, case: Case, remove: float, seed: int, steps: int) -> tup
     model = attach_adapters(dense, settings.rank, settings.alpha)
     counted = frozenset(name for name, parameter in model.named_parameters() if id(parameter) in own)
     groups = gp.node_groups(gp.trace(model, examples))
+
+    def allot(scores: Mapping[str, Tensor]) -> Budget:
+        distribution = recipe_distribution(model, groups, settings, bench.train, scores, seed=seed)
+        return recipe_budget(groups, settings, scores, counted=counted, distribution=distribution)
+
     task = Task(
         model, groups, settings, bench.train,
-        allot=lambda scores: recipe_budget(groups, settings, scores, counted=counted),
+        allot=allot,
         example_inputs=examples, seed=seed, announce=silent,
     )  # fmt: skip
     pruned = method_named(settings.method)(task)

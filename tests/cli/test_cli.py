@@ -92,14 +92,17 @@ def test_errors_are_one_message_and_an_exit_code(arguments, code, message, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("model", ["none.onnx", "./none", "none"])
-def test_a_model_that_is_not_there_is_told_before_torch_is_imported(model, tmp_path):
+@pytest.mark.parametrize(
+    "arguments",
+    [["--model", "none.onnx"], [str(RECIPE), "--model", "./none"], [str(RECIPE), "--model", "none"]],
+)
+def test_a_model_that_is_not_there_is_told_before_torch_is_imported(arguments, tmp_path):
     code = f"""
 import sys
 from graphprune.cli import app
 from graphprune.errors import GraphPruneError
 try:
-    app(["run", {str(RECIPE)!r}, "--model", {model!r}, "-o", "RUN"])
+    app(["run", *{arguments!r}, "-o", "RUN"])
 except GraphPruneError as error:
     assert "there is no model" in str(error)
     sys.exit(100 if "torch" in sys.modules else 42)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from onnx_runs import ONNX_RECIPE
 from pruning_settings import SCHEDULE
 from tiny_models import tiny_llama
+
+from graphprune.export.genai import write_genai_config
+from graphprune.export.write import export_onnx
 
 RECIPE = """\
 graphprune: 1
@@ -86,3 +91,18 @@ def bench(tmp_path_factory) -> Workbench:
         RECIPE.format(model="tiny", train="train.txt", evaluate="evaluate.txt", schedule=SCHEDULE)
     )
     return Workbench(folder, model, recipe)
+
+
+@pytest.fixture(scope="session")
+def door(bench, tmp_path_factory) -> Path:
+    """A folder with a decoder as an ONNX file, its tokenizer and configuration, a recipe and texts."""
+    folder = tmp_path_factory.mktemp("door")
+    export_onnx(tiny_llama(seed=4), folder / "decoder")
+    for path in bench.model.glob("tokenizer*"):
+        shutil.copy(path, folder / "decoder")
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "context_length": 256}
+    write_genai_config(folder / "decoder", eos_token_ids=[2], **sizes)
+    for name in ("train.txt", "evaluate.txt"):
+        shutil.copy(bench.folder / name, folder)
+    (folder / "recipe.yaml").write_text(ONNX_RECIPE)
+    return folder

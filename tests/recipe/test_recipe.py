@@ -55,7 +55,10 @@ def test_numbers_are_read_as_yaml_1_2_has_them(tmp_path):
         (GOOD + "prune: {distribution: {ratios: [0.5], unprunable: 0.3}}\n", "set prune.layout to per_layer"),
         (GOOD + "prune: {loraprune: {warmup: 0.6, cooldown: 0.5}}\n", "leaves no step in which units go"),
         (GOOD + "prune: {method: blocks, repair: bias}\n", "with method blocks nothing reads prune.repair"),
-        (GOOD + "prune: {method: one_shot, periods: 9}\n", "with method one_shot nothing reads prune.periods"),
+        (
+            GOOD + "prune: {method: one_shot, periods: 9, settle_steps: 3}\n",
+            "with method one_shot nothing reads prune.periods, prune.settle_steps",
+        ),
         (GOOD + "prune: {method: loraprune, half_space: 0.1}\n", "nothing reads prune.half_space"),
         (GOOD + "prune: {loraprune: {steps: 9}}\n", "with method lhspg nothing reads prune.loraprune"),
         (GOOD + "export: {profile: portable, cache: shared}\n", "with export.profile portable there is only growing"),
