@@ -1,6 +1,6 @@
 # Two commands for a newcomer; each makes its own virtual environment first.
 #   make demo   the whole pipeline on SmolLM2-135M-Instruct, ends with a table and the report's place
-#   make test   lint, types, layers and all tests
+#   make test   lint, types, layers and all tests but those that `make test-slow` has
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    ?= runs/demo
@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 
 export GRAPHPRUNE_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: demo test style types benchmark-types layers format clean
+.PHONY: demo test test-slow style types benchmark-types layers format clean
 
 demo: $(STAMP)
 	$(BIN)/graphprune run examples/recipes/demo.yaml -o $(RUN)
@@ -17,6 +17,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(MAKE) --jobs 2 --output-sync style types benchmark-types layers
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -m slow
 
 style: $(STAMP)
 	$(BIN)/ruff check .

@@ -106,7 +106,7 @@ def test_a_broken_rule_is_caught_on_generated_networks(name):
     """Wherever it makes units that the right rule does not."""
     tried: set[Network] = set()
 
-    @over_networks(share=4)
+    @over_networks(share=5)
     def each(network):
         examined = examine(network)
         with broken(name):
@@ -206,7 +206,7 @@ def dropped(parameter: str, axis: int) -> Iterator[None]:
         yield
 
 
-@over_networks(share=4)
+@over_networks(share=5)
 def test_a_member_dropped_is_caught_on_generated_networks(network):
     examined = examine(network)
     generator = examined.generator()
@@ -228,7 +228,7 @@ def test_a_size_left_stale_is_caught_on_generated_networks(operator):
     caught: set[Network] = set()
     real = resize.resizer_for
 
-    @over_networks(share=4)
+    @over_networks(share=5)
     def each(network):
         examined = examine(network)
         targets = {operator_of(call.target) for call in examined.groups.graph.operators}

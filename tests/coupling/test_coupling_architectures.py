@@ -22,6 +22,23 @@ GOLDEN: dict[str, list[list[Any]]] = json.loads(
 )
 
 
+# Whose operators others here have as well.
+ALIKE = {
+    *(
+        "llama, multi-head",
+        "llama, multi-query",
+        "mistral",
+        "qwen2",
+        "olmo2",
+        "roberta",
+        "distilbert",
+        "gpt-j",
+    ),
+    *("glm", "cohere", "opt", "falcon", "bart", "clip, vision", "qwen2-moe", "mamba2"),
+    *("llama + two adapters", "llama + LoRA on embeddings"),
+}
+
+
 def table(groups: NodeGroups) -> list[list[Any]]:
     """Return kind, units, members, why unprunable, and how many such groups there are."""
     rows = Counter((g.kind, g.size, len(g.members), g.reason or "") for g in groups.values())
@@ -30,9 +47,12 @@ def table(groups: NodeGroups) -> list[list[Any]]:
 
 def test_every_architecture_has_a_table():
     assert set(GOLDEN) == set(ARCHITECTURES)
+    assert set(ARCHITECTURES) > ALIKE
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in ARCHITECTURES]
+)
 def test_groups_of_an_architecture(name):
     architecture = ARCHITECTURES[name]
     model, inputs = architecture.build(), architecture.inputs()

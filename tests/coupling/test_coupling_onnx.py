@@ -124,7 +124,7 @@ def exported(model: nn.Module, inputs: dict[str, Any], opset: int, *, optimize: 
     return program.model
 
 
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("opset", [pytest.param(18, marks=pytest.mark.slow), 23])
 def test_both_front_ends_find_the_same_groups(both, opset):
     model, inputs, expected = both
     assert table(node_groups(trace_onnx(exported(model, inputs, opset)))) == expected

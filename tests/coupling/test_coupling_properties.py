@@ -113,7 +113,7 @@ def test_certificates_hold(network):
     assert certificate.failures == ()
 
 
-@over_networks()
+@over_networks(share=2)
 def test_no_part_of_a_unit_can_be_removed_alone(network):
     """From what a unit owns of any one parameter's axis, all that it owns follows by shapes alone.
 
@@ -169,7 +169,7 @@ def test_removed_units_are_zeroed_units(network):
     assert distance(smaller(cut, examined.inputs)[0], run(examined, weights)) < TOLERANCE
 
 
-@over_networks()
+@over_networks(share=2)
 def test_plans_compose(network):
     """One plan after another is both at once, on a model that was analyzed anew in between."""
     examined = examine(network)
@@ -223,7 +223,7 @@ def table(groups: NodeGroups, renamed=lambda name: name) -> list[tuple]:
     )
 
 
-@over_networks()
+@over_networks(share=2)
 def test_names_of_modules_and_sizes_of_inputs_mean_nothing(network):
     """Not even where a size of the batch or the sequence happens to be the size of something else."""
     examined = examine(network)
