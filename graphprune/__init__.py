@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from graphprune.shrink.model import shrink as shrink
     from graphprune.shrink.optimizer import shrink_optimizer as shrink_optimizer
     from graphprune.shrink.plan import Plan as Plan
+    from graphprune.shrink.save import save as save
     from graphprune.trace.model import trace as trace
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ _HOME = {
     "prune_onnx": "graphprune.prune.onnx",
     "quantize_onnx": "graphprune.export.quantize_onnx",
     "rule": "graphprune.coupling.rules",
+    "save": "graphprune.shrink.save",
     "shrink": "graphprune.shrink",
     "shrink_optimizer": "graphprune.shrink.optimizer",
     "trace": "graphprune.trace",
@@ -84,6 +86,7 @@ __all__ = [
     "prune_onnx",
     "quantize_onnx",
     "rule",
+    "save",
     "shrink",
     "shrink_optimizer",
     "trace",

@@ -121,11 +121,11 @@ def run(
     """Prune, quantize, recover, export and report, all in one run."""
     if recipe is None and model is None:
         raise typer.BadParameter("Missing argument 'RECIPE' (or --model with a .onnx file).")
-    console, reporter = _prepared(recipe, model, quiet)
+    texts = {"train": train, "evaluate": evaluate}
+    console, reporter = _prepared(recipe, model, quiet, texts)
     from graphprune.pipeline.run import run as run_recipe
     from graphprune.report.terminal import summary_table
 
-    texts = {"train": train, "evaluate": evaluate}
     command = _command("run", recipe, output, model, texts)
     report = run_recipe(recipe, output, reporter, model=model, fresh=fresh, command=command, **texts)
     console.print()
@@ -297,13 +297,19 @@ def _console() -> Console:
     return Console()
 
 
-def _prepared(recipe: Path | None, model: str | None, quiet: bool) -> tuple[Console, Reporter]:
+def _prepared(
+    recipe: Path | None, model: str | None, quiet: bool, texts: Mapping[str, str | None] | None = None
+) -> tuple[Console, Reporter]:
     """Check what can be without torch, so that a typing error is told at once; return where to tell progress."""
     from graphprune.recipe_file import load_recipe
-    from graphprune.source.location import check_model
+    from graphprune.source.location import check_model, find_text
 
-    settings = load_recipe(recipe, {"model.id": model} if model is not None else None)
-    check_model(settings.model.id, recipe.resolve().parent if recipe is not None else Path.cwd())
+    given = {"model.id": model, **{f"data.{key}": name for key, name in (texts or {}).items()}}
+    settings = load_recipe(recipe, {key: value for key, value in given.items() if value is not None})
+    base = recipe.resolve().parent if recipe is not None else Path.cwd()
+    check_model(settings.model.id, base)
+    for text in settings.texts:
+        find_text(text, base)
     from graphprune.pipeline.progress import Reporter
 
     console = _console()

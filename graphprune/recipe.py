@@ -406,6 +406,12 @@ class Recipe(_Section):
         defaults = {name: {**_OF_ONNX[name], **keys} for name, keys in own.items() if isinstance(keys, dict)}
         return {**given, **defaults}
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text that it names: files, or hub data sets."""
+        named = (self.data.train, self.data.evaluate, *(source.path for source in self.recover.sources))
+        return tuple(text for text in named if text)
+
     @model_validator(mode="after")
     def _arrays_are_for_onnx_files(self) -> Self:
         if self.data.inputs is not None and not self.model.is_onnx:

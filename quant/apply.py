@@ -181,11 +181,7 @@ def _calibrate(
                 "one before puts out, so that no block can be reconstructed",
                 "quantize without `reconstruction`",
             )
-        inside = (
-            {}
-            if chain is None
-            else {name: layer for name, layer in alone.items() if name.startswith(f"{chain.name}.")}
-        )
+        inside = {name: layer for name, layer in alone.items() if chain is not None and chain.holds(name)}
         outside = [name for name, group in groups.items() if name not in inside and not group.embeds]
         # Before anything is compressed: these layers are fitted to the model as it was.
         covariances = collect_covariances(model, batches, outside, importance) if outside else {}

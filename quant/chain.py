@@ -58,6 +58,10 @@ class Chain:
     hidden: list[Tensor]
     calls: list[list[BlockCall]]
 
+    def holds(self, layer: str) -> bool:
+        """Tell whether the layer of this qualified name is inside one of the blocks."""
+        return _is_inside(layer, self.name)
+
 
 def find_chain(model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) -> Chain | None:
     """Return the chain of blocks that hold most of the named layers, or None if there is none.
@@ -71,7 +75,7 @@ def find_chain(model: nn.Module, batches: Sequence[Batch], names: Sequence[str])
         names: Of the layers that matter.
     """
     candidates = [
-        (sum(layer.startswith(f"{name}.") for layer in names), name, list(module))
+        (sum(_is_inside(layer, name) for layer in names), name, list(module))
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) > 1
     ]
@@ -82,6 +86,11 @@ def find_chain(model: nn.Module, batches: Sequence[Batch], names: Sequence[str])
             calls = [[calls[block] for _, calls in found] for block in range(len(blocks))]
             return Chain(name, blocks, [hidden for hidden, _ in found], calls)
     return None
+
+
+def _is_inside(layer: str, blocks: str) -> bool:
+    """Tell whether a layer is part of a block; a block that is itself a layer holds none."""
+    return layer.startswith(f"{blocks}.") and "." in layer.removeprefix(f"{blocks}.")
 
 
 def _chained_calls(

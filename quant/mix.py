@@ -16,6 +16,7 @@ from quant.codebooks import get_format
 from quant.config import LoftQConfig
 from quant.errors import QuantError
 from quant.guidance import Importance, Loss, check_loss, token_importance
+from quant.quantized import stored_nbytes
 from quant.shared import SharedWeight, shared_weights
 
 Formats = tuple[tuple[str, str | int], ...]
@@ -117,11 +118,13 @@ def mix_for_budget(
     """
     if not nbytes >= 0:
         raise QuantError(f"a budget of {nbytes} bytes", "pass a number of bytes")
-    _, measured = _measured(model, config, formats, batches, loss, on_layer)
-    least = _smallest(measured)
-    if least > nbytes:
-        raise _too_small(f"{least} bytes", f"{nbytes}", config, "lower the rank")
-    return _choose(measured, nbytes)
+
+    def budget(_: list[SharedWeight], least: int) -> int:
+        if least > nbytes:
+            raise _too_small(f"{least} bytes", f"{nbytes}", config, "lower the rank")
+        return nbytes
+
+    return _mix(model, config, formats, batches, loss, on_layer, budget)
 
 
 def mix_for_bits(
@@ -143,35 +146,42 @@ def mix_for_bits(
     """
     if not bits > 0:
         raise QuantError(f"a budget of {bits} bits a weight", "pass a number above 0")
-    groups, measured = _measured(model, config, formats, batches, loss, on_layer)
-    linear = [group.weight.shape for group in groups if not group.embeds]
-    adapters = sum(4 * config.rank * sum(shape) for shape in linear)
-    embeddings = sum(measured[group.name][0].nbytes for group in groups if group.embeds)
-    weights, uncounted = sum(shape.numel() for shape in linear), adapters + embeddings
-    nbytes, least = int(bits * weights / 8) + uncounted, _smallest(measured)
-    if least > nbytes:
-        told = f"{8 * (least - uncounted) / weights:.5g} bits a weight with their scales"
-        raise _too_small(told, f"{bits:g}", config, "take larger blocks")
-    return _choose(measured, nbytes)
+
+    def budget(groups: list[SharedWeight], least: int) -> int:
+        weights = sum(group.weight.numel() for group in groups if not group.embeds)
+        adapters = sum(_adapter_nbytes(group, config) for group in groups)
+        embeddings = sum(_embedding_nbytes(group, config) for group in groups if group.embeds)
+        uncounted = adapters + embeddings
+        nbytes = int(bits * weights / 8) + uncounted
+        if least > nbytes:
+            told = f"{8 * (least - uncounted) / weights:.5g} bits a weight with their scales"
+            raise _too_small(told, f"{bits:g}", config, "take larger blocks")
+        return nbytes
+
+    return _mix(model, config, formats, batches, loss, on_layer, budget)
 
 
-def _measured(
+def _mix(
     model: nn.Module,
     config: LoftQConfig,
     formats: Sequence[str | int] | str | int,
     batches: Iterable[Batch] | None,
     loss: Loss | None,
     on_layer: Callable[[str, int, int], None] | None,
-) -> tuple[list[SharedWeight], dict[str, list[Choice]]]:
-    """Return the weights that `loftq_model` would pack, and for each the choices that are worth having."""
+    budget: Callable[[list[SharedWeight], int], int],
+) -> Mix:
+    """Measure each weight that `loftq_model` would pack in each format, and choose.
+
+    What the weights may take, the `budget` says before anything is measured; it is given them and the least bytes
+    that they take.
+    """
     check_loss(loss, batches)
-    formats = [formats] if isinstance(formats, (str, int)) else formats
-    if not formats:
-        raise QuantError("there is no format to choose from", "give at least one in `formats`")
+    formats = _checked(formats)
     text = None if batches is None else as_batches(batches)
     measured = {}
     with linearized(model, config.includes):
         groups = shared_weights(model, config)
+        nbytes = budget(groups, sum(_least_nbytes(group, config, formats) for group in groups))
         names = [group.name for group in groups if not group.embeds]
         importance = None if text is None or loss is None else token_importance(model, text, names, loss)
         calls = {name: found.calls for name, found in (importance or {}).items()}
@@ -186,7 +196,35 @@ def _measured(
             measured[name] = _choices(group, counts, config, formats, covariance)
             if on_layer is not None:
                 on_layer(name, done, len(groups))
-    return groups, measured
+    return _choose(measured, nbytes)
+
+
+def _checked(formats: Sequence[str | int] | str | int) -> Sequence[str | int]:
+    several = [formats] if isinstance(formats, (str, int)) else formats
+    if not several:
+        raise QuantError("there is no format to choose from", "give at least one in `formats`")
+    return several
+
+
+def _least_nbytes(group: SharedWeight, config: LoftQConfig, formats: Sequence[str | int]) -> int:
+    """Return the bytes of a weight and its adapters in the smallest format that it may take."""
+    if group.embeds:
+        return _embedding_nbytes(group, config)
+    sizes = [
+        stored_nbytes(group.weight.numel(), format, config.block_size, config.scale_storage)
+        for format in formats
+    ]
+    return min(sizes) + _adapter_nbytes(group, config)
+
+
+def _embedding_nbytes(group: SharedWeight, config: LoftQConfig) -> int:
+    # Without a format of their own, embeddings are not among what is packed.
+    format = config.embedding_format or config.format
+    return stored_nbytes(group.weight.numel(), format, config.embedding_block_size)
+
+
+def _adapter_nbytes(group: SharedWeight, config: LoftQConfig) -> int:
+    return 0 if group.embeds else 4 * config.rank * sum(group.weight.shape)
 
 
 def _loss_of_all(weight: Tensor, covariance: Tensor | None, importance: Importance | None) -> float:

@@ -13,7 +13,7 @@ from quant.codebooks import get_format
 from quant.errors import QuantError
 from quant.kernels import dequantize_nf4, has_kernel
 from quant.packing import packed_size, symbols, unpack
-from quant.scales import Scales
+from quant.scales import Scales, Storage, stored_scales_nbytes
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 4096
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -232,6 +232,13 @@ def check_block_size(block_size: int) -> None:
 def block_count(count: int, block_size: int) -> int:
     """Return how many blocks `count` weights fill."""
     return -(-count // block_size)
+
+
+def stored_nbytes(count: int, format: str | int, block_size: int, scale_storage: Storage = "float32") -> int:
+    """Return the bytes of codes, scales and offsets that a tensor of `count` weights takes."""
+    codebook = get_format(format)
+    scales = stored_scales_nbytes(block_count(count, block_size), scale_storage)
+    return packed_size(count, codebook.bits) + scales * (2 if codebook.affine else 1)
 
 
 def _scale_(flat: Tensor, scale: Tensor, offset: Tensor | None, block_size: int) -> None:

@@ -99,6 +99,13 @@ class Scales:
         )
 
 
+def stored_scales_nbytes(blocks: int, storage: Storage) -> int:
+    """Return the bytes that one number a block takes."""
+    if storage == "double":
+        return blocks + 4 * _groups(blocks) + 4
+    return blocks * (4 if storage == "float32" else 2)
+
+
 def store_scales(values: Tensor, storage: Storage) -> Scales:
     """Store one number a block.
 

@@ -16,7 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,12 @@ import quant
 from graphprune.recipe import Recover, Training
 from graphprune.recover.recovery import recover
 from graphprune.recover.sources import Source
+from graphprune.source.adapters import attach_adapters
 from graphprune.source.demo import demo_folder
 from graphprune.source.perplexity import perplexity, torch_logits
 from graphprune.source.text import Windows, cut_windows, read_text
 
+DENSE, RANK = "dense", 16
 MIX_FORMATS, MIX_BATCHES = ("uint2", "uint3", "uint4"), 12
 DATA = Path(__file__).parents[1] / "data"
 FIRST_THIRD = tuple((rf"layers\.{index}\.", "nf4") for index in range(10))
@@ -132,7 +137,7 @@ class Bench:
             quant.load_quantized_(model, kept)
             return model, json.loads((kept / "seconds.json").read_text())
         start = time.process_time()
-        config = quant.LoftQConfig(rank=16, seed=seed, exclude=("lm_head",), **case.settings)
+        config = quant.LoftQConfig(rank=RANK, seed=seed, exclude=("lm_head",), **case.settings)
         batches = [{"input_ids": ids, "labels": ids} for ids in self.calibrate.ids.split(2)]
         if case.bits is not None:
             config = replace(config, formats=self.mix(config, case.bits, batches[:MIX_BATCHES]))
@@ -171,8 +176,18 @@ class Bench:
             "bits a weight": round(8 * codes / weights, 3),
             "of float16, adapters in float16": round((codes + 2 * adapters) / (2 * weights), 4),
             "seconds to quantize": round(seconds),
-            "before": self.perplexity(model),
         }
+        return {**row, **self.measured(model, seed)}
+
+    def control(self, seed: int) -> dict[str, Any]:
+        """Train the dense model's adapters on the same text: what that alone does to the perplexity."""
+        torch.manual_seed(seed)
+        model = attach_adapters(self.model(), RANK, RANK)
+        return {"case": DENSE, "seed": seed, **self.measured(model, seed)}
+
+    def measured(self, model: Any, seed: int) -> dict[str, Any]:
+        """Return the perplexity before and after the training."""
+        row: dict[str, Any] = {"before": self.perplexity(model)}
         if self.steps:
             source = Source("Wikipedia", "text", self.train, None)
             recover(
@@ -204,14 +219,14 @@ def main() -> None:
         else []
     )
     done = {(row["case"], row["seed"], row["steps"]) for row in rows}
-    if ("dense", 0, 0) not in done:
-        rows.append({"case": "dense", "seed": 0, "steps": 0, "before": bench.perplexity(bench.model())})
-        _append(arguments.output, rows[-1])
-    for case in cases():
-        for seed in arguments.seeds:
-            if arguments.only in case.name and (case.name, seed, arguments.steps) not in done:
-                rows.append(bench.run(case, seed))
-                _append(arguments.output, rows[-1])
+    tasks: dict[str, Callable[[int], dict[str, Any]]] = {
+        DENSE: bench.control,
+        **{case.name: partial(bench.run, case) for case in cases()},
+    }
+    for (name, task), seed in product(tasks.items(), arguments.seeds):
+        if arguments.only in name and (name, seed, arguments.steps) not in done:
+            rows.append(task(seed))
+            _append(arguments.output, rows[-1])
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(*columns, title=f"{bench.folder.name}, {bench.evaluate.tokens} tokens of WikiText-2")
     for row in rows:

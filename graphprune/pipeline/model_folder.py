@@ -17,8 +17,9 @@ from graphprune.errors import ShrinkError
 from graphprune.export.adapter_file import write_adapter
 from graphprune.files import replacing, write_json, write_text
 from graphprune.pipeline.session import Session
-from graphprune.shrink.load import KEY, RECORD, Difference, load
+from graphprune.shrink.load import KEY, RECORD, load
 from graphprune.shrink.plan import Plan
+from graphprune.shrink.save import record_of
 from quant.linear import QuantLinear
 
 log = logging.getLogger(__name__)
@@ -80,17 +81,13 @@ def save_model(session: Session, model: Any, plan: Plan, surgery_error: float) -
     with replacing(folder) as temporary:
         model.save_pretrained(temporary)
         session.inputs.tokenizer.save_pretrained(temporary)
-        record: dict[str, Any] = {
-            "schema": "graphprune.model/1",
-            "graphprune_version": __version__,
+        record = {
+            **record_of(model),
             "source": session.inputs.source.name,
             "parameters": {"before": before, "after": after},
             "surgery_error": surgery_error,
             "removed": {name: list(units) for name, units in plan.items()},
         }
-        difference = Difference.of(model)
-        if difference.shapes:
-            record[KEY] = difference.model_dump()
         write_json(temporary / RECORD, record)
         _check_reload(model, temporary, session.examples)
         kinds = sorted({session.groups[name].kind.replace("_", " ") for name in plan})
@@ -101,8 +98,8 @@ def save_model(session: Session, model: Any, plan: Plan, surgery_error: float) -
             source=session.inputs.source.name,
             version=__version__,
             what=what,
-            widths="layers differ in width" if difference.shapes else "every layer has the same widths",
-            opening=(_UNEVEN if difference.shapes else _STOCK).format(folder=folder.name),
+            widths="layers differ in width" if KEY in record else "every layer has the same widths",
+            opening=(_UNEVEN if KEY in record else _STOCK).format(folder=folder.name),
         )
         write_text(temporary / "README.md", card)
 

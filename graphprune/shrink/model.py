@@ -61,8 +61,9 @@ def shrink(
             the module where it computes the same as the graph, and else warns why it does not.
 
     Returns:
-        The smaller model: tied parameters stay tied, dtypes, devices and gradient flags stay as they were. Of an ONNX
-        model it is an `onnx_ir.Model`; write it into another folder, for it may read the old one's external data.
+        The smaller model: tied parameters stay tied, dtypes, devices and gradient flags stay as they were. Its
+        configuration says the new sizes where one can; `graphprune.save` writes it in any case. Of an ONNX model it is
+        an `onnx_ir.Model`; write it into another folder, for it may read the old one's external data.
 
     Raises:
         CouplingError: If the groups are of another model.

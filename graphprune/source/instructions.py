@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from graphprune.errors import SourceError
-from graphprune.source.text import IGNORED, Windows, beginning, find_text, open_file, read_hub
+from graphprune.source.location import find_text
+from graphprune.source.text import IGNORED, Windows, beginning, open_file, read_hub
 
 _ASKED, _ANSWERED = ("instruction", "prompt"), ("response", "output")
 

@@ -1,4 +1,4 @@
-"""Where a model or a file is: told at once, before anything heavy is imported."""
+"""Where a model, a text or a file is: told at once, before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from graphprune.errors import SourceError
 from graphprune.source.demo import DEMO, demo_folder
 
+TEXT_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -83,6 +84,28 @@ def find_file(reference: str, base: Path, what: str) -> Path:
     if not path.is_file():
         raise SourceError(f"there is no {what} '{reference}'", "give the path of a file")
     return path
+
+
+def find_text(reference: str, base: Path | None) -> Path | None:
+    """Return the file that the name of a text means, or None if it names a hub data set.
+
+    Args:
+        reference: A file, or a hub data set as ``owner/name`` or ``owner/name:split``.
+        base: Where else to look for the file.
+
+    Raises:
+        SourceError: If it looks like a file, and there is none.
+    """
+    path = place_of(reference, base)
+    if path.is_file():
+        return path
+    looks_local = reference.endswith(TEXT_SUFFIXES) or reference.startswith((".", "/", "~"))
+    if looks_local or reference.count("/") != 1:
+        raise SourceError(
+            f"there is no text '{reference}'",
+            f"give a file ({', '.join(TEXT_SUFFIXES)}) or a hub data set",
+        )
+    return None
 
 
 def place_of(reference: str, base: Path | None = None) -> Path:

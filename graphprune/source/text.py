@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import SourceError
+from graphprune.source.location import TEXT_SUFFIXES, find_text
 
-_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 IGNORED = -100
 
 
@@ -165,29 +165,9 @@ def beginning(tokenizer: Any) -> list[int]:
     return [first] if first is not None and encoded[:1] == [first] else []
 
 
-def find_text(reference: str, base: Path | None) -> Path | None:
-    """Return the file that a reference means, or None if it names a hub data set.
-
-    Raises:
-        SourceError: If it looks like a file, and there is none.
-    """
-    candidates = [Path(reference).expanduser()]
-    if base is not None:
-        candidates.append(base / reference)
-    for path in candidates:
-        if path.is_file():
-            return path.resolve()
-    looks_local = reference.endswith(_SUFFIXES) or reference.startswith((".", "/", "~"))
-    if looks_local or reference.count("/") != 1:
-        raise SourceError(
-            f"there is no text '{reference}'", f"give a file ({', '.join(_SUFFIXES)}) or a hub data set"
-        )
-    return None
-
-
 def _read_file(path: Path, field: str) -> list[str]:
-    if not path.name.endswith(_SUFFIXES):
-        raise SourceError(f"{path} is none of {', '.join(_SUFFIXES)}", "convert it to one of them")
+    if not path.name.endswith(TEXT_SUFFIXES):
+        raise SourceError(f"{path} is none of {', '.join(TEXT_SUFFIXES)}", "convert it to one of them")
     try:
         with open_file(path) as file:
             if ".jsonl" not in path.name:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from quant.blockwise import check_weight, quantize
 from quant.errors import QuantError
-from quant.packing import packed_size
-from quant.quantized import QuantizedTensor, block_count, check_block_size
-from quant.scales import Storage, check_storage, store_scales
+from quant.quantized import QuantizedTensor, check_block_size, stored_nbytes
+from quant.scales import Storage, check_storage
 from quant.ternary.compensation import compensated_symbols, squared_output_error
 from quant.ternary.grid import Levels, as_stored, check_grid, row_grid
 from quant.ternary.tensor import TernaryTensor, encode_ternary
@@ -218,7 +217,7 @@ def _report(name: str, coded: TernaryTensor, rounded: _Rounded, config: TernaryC
     shares = [int((rounded.symbols == symbol).sum()) / rounded.symbols.numel() for symbol in range(3)]
     weights, weights_error, outputs, outputs_error = rounded.squares.tolist()
     count = math.prod(coded.shape)
-    two_bit_bits = 8 * _plain_nbytes(count, config) / count
+    two_bit_bits = 8 * stored_nbytes(count, PLAIN_FORMAT, config.block_size, config.scale_storage) / count
     weight_error = math.sqrt(weights_error / weights) if weights else 0.0
     output_error = math.sqrt(outputs_error / outputs) if outputs else None
     error = weight_error if output_error is None else output_error
@@ -245,12 +244,6 @@ def _report(name: str, coded: TernaryTensor, rounded: _Rounded, config: TernaryC
         weight_error=weight_error,
         output_error=output_error,
     )
-
-
-def _plain_nbytes(count: int, config: TernaryConfig) -> int:
-    """Return the bytes of that many weights in the two-bit format: codes, scales and offsets."""
-    scales = store_scales(torch.zeros(block_count(count, config.block_size)), config.scale_storage)
-    return packed_size(count, 2) + 2 * scales.nbytes
 
 
 def _check(stack: Tensor, covariance: Tensor | None, tokens: Tensor | None, name: str) -> None:

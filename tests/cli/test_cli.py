@@ -93,10 +93,16 @@ def test_errors_are_one_message_and_an_exit_code(arguments, code, message, tmp_p
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--model", "none.onnx"], [str(RECIPE), "--model", "./none"], [str(RECIPE), "--model", "none"]],
+    ("arguments", "missing"),
+    [
+        (["--model", "none.onnx"], "there is no model 'none.onnx'"),
+        ([str(RECIPE), "--model", "./none"], "there is no model './none'"),
+        ([str(RECIPE), "--model", "none"], "there is no model 'none'"),
+        ([str(RECIPE), "--train", "none.txt"], "there is no text 'none.txt'"),
+        ([str(RECIPE), "--evaluate", "none"], "there is no text 'none'"),
+    ],
 )
-def test_a_model_that_is_not_there_is_told_before_torch_is_imported(arguments, tmp_path):
+def test_what_is_not_there_is_told_before_torch_is_imported(arguments, missing, tmp_path):
     code = f"""
 import sys
 from graphprune.cli import app
@@ -104,7 +110,7 @@ from graphprune.errors import GraphPruneError
 try:
     app(["run", *{arguments!r}, "-o", "RUN"])
 except GraphPruneError as error:
-    assert "there is no model" in str(error)
+    assert {missing!r} in str(error)
     sys.exit(100 if "torch" in sys.modules else 42)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)

@@ -11,6 +11,7 @@ from safetensors.torch import load, save
 
 from quant import QuantError, QuantizedTensor, blockwise, fit, format_names, get_format, quantize
 from quant.fit import fitted_scales
+from quant.quantized import stored_nbytes
 from quant.scales import DOUBLE_BLOCK, dynamic_levels, store_scales
 
 FORMATS = st.sampled_from(format_names())
@@ -50,6 +51,12 @@ def test_each_weight_takes_the_nearest_level_of_its_block(
         assert (distances[np.arange(len(block)), taken] <= distances.min(axis=1) + 2e-7 * scale).all()
         clear = np.sort(distances, axis=1)[:, 1] - distances.min(axis=1) > 1e-6 * scale
         np.testing.assert_array_equal(taken[clear], distances.argmin(axis=1)[clear])
+
+
+@given(format=FORMATS, block_size=BLOCKS, count=COUNTS, storage=STORAGE)
+def test_what_a_tensor_takes_is_known_before(format: str, block_size: int, count: int, storage: str) -> None:
+    quantized = quantize(torch.ones(count), format, block_size, scale_storage=storage)
+    assert stored_nbytes(count, format, block_size, storage) == quantized.nbytes
 
 
 @given(format=FORMATS, block_size=BLOCKS, count=COUNTS, seed=SEEDS)

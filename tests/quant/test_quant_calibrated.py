@@ -67,6 +67,20 @@ class Interrupted(Model):
         return self.head(hidden)
 
 
+class Straight(Model):
+    """The blocks are linear layers themselves: what each of them gets can be measured at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden)
+
+
 def batches(count: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, 40, (4, 24), generator=generator) for _ in range(count)]
@@ -124,7 +138,7 @@ def test_a_chain_is_seen_and_its_blocks_run_as_they_do_in_the_model() -> None:
         torch.testing.assert_close(model.head(hidden), model(batch))
 
 
-@pytest.mark.parametrize("kind", [Parallel, Interrupted])
+@pytest.mark.parametrize("kind", [Parallel, Interrupted, Straight])
 def test_what_is_no_chain_is_not_taken_for_one(kind: Callable[[], Model]) -> None:
     model = kind().eval()
     assert find_chain(model, batches(), list(linears(model))) is None

@@ -95,8 +95,16 @@ def test_batches_make_it_the_error_of_the_outputs() -> None:
 def test_a_budget_that_is_too_small_says_what_it_takes() -> None:
     config = LoftQConfig(rank=2, iterations=1, block_size=16)
     least = mix_for_budget(tree(), config, 10**6, formats=["uint2"]).nbytes
-    with pytest.raises(QuantError, match=re.escape(f"take {least} bytes, the budget is 100")):
-        mix_for_budget(tree(), config, 100)
+    measured: list[str] = []
+
+    def on_layer(name: str, *_: int) -> None:
+        measured.append(name)
+
+    with pytest.raises(QuantError, match=re.escape(f"take {least} bytes, the budget is {least - 1}")):
+        mix_for_budget(tree(), config, least - 1, on_layer=on_layer)
+    with pytest.raises(QuantError, match=r"take 4 bits a weight with their scales, the budget is 2\.6"):
+        mix_for_bits(tree(), replace(config, block_size=32), 2.6, on_layer=on_layer)
+    assert not measured, "it is known before any layer is measured"
     with pytest.raises(QuantError, match="no linear layer"):
         mix_for_budget(tree(), LoftQConfig(include=("absent",)), 100)
 

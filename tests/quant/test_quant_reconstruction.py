@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_quant_calibrated import Interrupted, Model, Parallel
+from test_quant_calibrated import Interrupted, Model, Parallel, Straight
 from torch import Tensor, nn
 
 import quant
@@ -202,7 +202,7 @@ def test_it_survives_a_file(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(again), strict=True))
 
 
-@pytest.mark.parametrize("kind", [Parallel, Interrupted])
+@pytest.mark.parametrize("kind", [Parallel, Interrupted, Straight])
 def test_a_model_without_a_chain_is_refused_untouched(kind):
     model = kind().eval()
     texts = [batch % 40 for batch in batches()]

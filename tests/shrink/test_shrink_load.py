@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -13,7 +12,7 @@ from tiny_models import randomized, tiny_llama, traced
 
 import graphprune as gp
 from graphprune.errors import ShrinkError, SourceError
-from graphprune.shrink.load import KEY, RECORD, Difference, is_uneven
+from graphprune.shrink.load import RECORD, Difference, is_uneven
 from graphprune.shrink.model import shrink
 from graphprune.shrink.plan import Plan
 
@@ -58,9 +57,7 @@ def uneven(build):
 
 
 def saved(model, folder):
-    model.save_pretrained(folder)
-    difference = Difference.of(model)
-    (folder / RECORD).write_text(json.dumps({"schema": "graphprune.model/1", KEY: difference.model_dump()}))
+    gp.save(model, folder)
     return folder
 
 
