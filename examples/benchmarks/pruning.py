@@ -278,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="transformers folder; the demo model without it")
     parser.add_argument("--output", type=Path, default=Path("runs/pruning.jsonl"))
-    parser.add_argument("--only", nargs="+", default=[""], help="parts of methods' names")
+    parser.add_argument("--only", nargs="+", default=[""], help="methods, or parts of their names")
     parser.add_argument("--remove", type=float, nargs="+", default=[0.2, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
@@ -298,16 +298,20 @@ def main() -> None:
         for remove in given.remove:
             for case in CASES:
                 asked = 0.0 if case.kind == "dense" else remove
-                wanted = any(part in case.name for part in given.only) and not (
-                    case.trains and not given.steps
-                )
-                if wanted and (case.name, asked, seed, given.steps) not in done:
+                wanted = any(_means(part, case.name) for part in given.only)
+                possible = given.steps or not case.trains
+                if wanted and possible and (case.name, asked, seed, given.steps) not in done:
                     found = rows_of(bench, case, asked, seed, given.steps)
                     done.add((case.name, asked, seed, given.steps))
                     rows.extend(found)
                     with given.output.open("a", encoding="utf-8") as file:
                         file.writelines(json.dumps(row) + "\n" for row in found)
     show(bench, rows)
+
+
+def _means(part: str, name: str) -> bool:
+    """Whether a part of a name, which means no other if it is a whole one, means a method."""
+    return part == name if any(part == case.name for case in CASES) else part in name
 
 
 def show(bench: Bench, rows: list[dict[str, Any]]) -> None:

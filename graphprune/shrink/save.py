@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from graphprune.errors import ShrinkError
 from graphprune.files import write_json
+from graphprune.shrink.gated import is_gated
 from graphprune.shrink.load import KEY, RECORD, Difference, load
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
-def save(model: nn.Module, folder: str | Path) -> None:
+def save(model: Any, folder: str | Path) -> None:
     """Write a transformers model so that it can be opened again, whatever the widths of its layers.
 
     Where its configuration describes it, stock `from_pretrained` opens the folder, else `graphprune.load` alone does,
@@ -31,16 +32,13 @@ def save(model: nn.Module, folder: str | Path) -> None:
         folder: Where to; created if it is not there.
 
     Raises:
-        ShrinkError: If it is no transformers model, has modules that its class does not build, or would not be read
-            back bit for bit. The folder is as it was.
+        ShrinkError: If it is no transformers model, has an optimizer's gates on it or modules that its class does not
+            build, or would not be read back bit for bit. The folder is as it was.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ShrinkError(
-            f"a {type(model).__name__} is no transformers model, and has no folder that says how to build it",
-            "save its state_dict, or write it by graphprune.export_onnx",
-        )
-    record = record_of(model)
     place = Path(folder)
+    if place.exists() and not place.is_dir():
+        raise ShrinkError(f"{place} is a file", "give a folder")
+    record = record_of(_checked(model))
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=place) as name:
         temporary = Path(name)
@@ -52,6 +50,23 @@ def save(model: nn.Module, folder: str | Path) -> None:
                 old.unlink()
         for file in temporary.iterdir():
             os.replace(file, place / file.name)
+
+
+def _checked(model: Any) -> PreTrainedModel:
+    kind = type(model).__name__
+    if hasattr(model, "merge_and_unload"):
+        raise ShrinkError(f"a {kind} has adapters beside its weights", "save model.merge_and_unload()")
+    if not isinstance(model, PreTrainedModel):
+        raise ShrinkError(
+            f"a {kind} is no transformers model, and has no folder that says how to build it",
+            "save its state_dict, or write it by graphprune.export_onnx",
+        )
+    if is_gated(model):
+        raise ShrinkError(
+            "the model still has the gates of its pruning on it, which no file would hold",
+            "call close() on the optimizer first (its plan stays), then shrink, and save what that returns",
+        )
+    return model
 
 
 def record_of(model: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import graphprune as gp
 from graphprune.errors import ShrinkError
 from graphprune.shrink.load import KEY, RECORD, is_uneven
+from graphprune.source.adapters import attach_adapters
 
 IDS = torch.arange(20).reshape(2, 10) + 3
 
@@ -64,12 +65,25 @@ def mixed() -> torch.nn.Module:
     return model
 
 
+def adapted() -> torch.nn.Module:
+    return attach_adapters(tiny_llama(), 2, 2)
+
+
+def gated() -> torch.nn.Module:
+    model = adapted()
+    groups = gp.node_groups(gp.trace(model, {"input_ids": IDS}))
+    gp.LHSPG(gp.param_groups(model, groups), remove=0.2, warmup_steps=1, periods=1, period_steps=1)
+    return model.merge_and_unload()
+
+
 @pytest.mark.parametrize(
     ("build", "problem"),
     [
+        (adapted, "has adapters beside its weights"),
+        (gated, "still has the gates"),
         (lambda: torch.nn.Linear(2, 2), "a Linear is no transformers model"),
-        (extended, "has other weights: 'extra.bias'"),
-        (mixed, "'model.layers.0.mlp.down_proj.weight' is another one when the folder is opened again"),
+        (extended, r"has other weights: 'extra\.bias'"),
+        (mixed, r"'model\.layers\.0\.mlp\.down_proj\.weight' is another one when the folder is opened again"),
     ],
 )
 def test_what_would_not_be_opened_again_leaves_the_folder_as_it_was(build, problem, tmp_path):
@@ -79,3 +93,11 @@ def test_what_would_not_be_opened_again_leaves_the_folder_as_it_was(build, probl
     with pytest.raises(ShrinkError, match=problem):
         gp.save(build(), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_file_is_no_folder(tmp_path):
+    place = tmp_path / "model"
+    place.write_text("mine")
+    with pytest.raises(ShrinkError, match="is a file"):
+        gp.save(tiny_llama(), place)
+    assert place.read_text() == "mine"
