@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from quant.blockwise import check_weight
 from quant.errors import QuantError
 from quant.files import import_safetensors, replace_file, sha256
 from quant.loftq import LoftQResult, loftq
@@ -73,6 +74,9 @@ def _hash_path(path: Path) -> Path:
 
 
 def _compress(layer: Layer, config: StreamConfig, device: str) -> LoftQResult:
+    if layer.bias is not None:
+        # Copied as it is, but one that is not finite would spoil all that the layer puts out.
+        check_weight(read_matrix(layer.bias), f"{layer.name}.bias")
     weight = read_matrix(layer.weight, layer.index).to(device)
     try:
         return loftq(

@@ -144,15 +144,16 @@ def test_a_damaged_source_is_refused_and_an_earlier_result_left_alone(
     assert contents(tmp_path / "out") == before
 
 
-def test_a_weight_that_is_not_finite_is_named_and_an_earlier_result_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["up.weight", "attention.query.bias"])
+def test_what_is_not_finite_is_named_and_an_earlier_result_left_alone(tmp_path: Path, name: str) -> None:
     tensors = checkpoint_tensors()
     source = save_checkpoint(tmp_path / "source", tensors, files=1)
     loftq_checkpoint(source, tmp_path / "out", CONFIG)
     before = contents(tmp_path / "out")
-    tensors["model.layers.1.up.weight"][0, 0] = torch.nan
+    tensors[f"model.layers.1.{name}"].view(-1)[0] = torch.nan
     save_file(tensors, source / "model.safetensors")
     os.utime(source / "model.safetensors", ns=(0, 10**18))
-    with pytest.raises(QuantError, match=r"model\.layers\.1\.up: .* nan"):
+    with pytest.raises(QuantError, match=rf"model\.layers\.1\.{name.removesuffix('.weight')}.* nan"):
         loftq_checkpoint(source, tmp_path / "out", CONFIG)
     assert contents(tmp_path / "out") == before
 
