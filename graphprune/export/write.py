@@ -100,6 +100,8 @@ def export_onnx(
     Raises:
         ExportError: If the model cannot be traced or translated, or does not take the examples.
     """
+    if folder.is_file():
+        raise ExportError(f"{folder} is a file", "give a folder of its own")
     check_profile(profile)
     check_adapters(adapters)
     check_cache(cache, profile, decoder=examples is None and not has_halves(model, examples))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,6 +155,8 @@ def allot(
     Raises:
         BudgetError: If no allocation comes within a step of the target.
     """
+    if layout not in get_args(Layout):
+        raise BudgetError(f"there is no layout {layout!r}", f"use one of {', '.join(get_args(Layout))}")
     multiple = dict(width_multiple or {})
     families = _families(groups, curves, layout)
     items = [_item(family, groups, curves, multiple, keep_at_least, refused) for family in families]

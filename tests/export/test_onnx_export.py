@@ -269,3 +269,11 @@ def test_a_model_without_a_cache_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ExportError, match="BertForMaskedLM gives no key-value cache back"):
         export_onnx(encoder, tmp_path / "onnx")
+
+
+def test_a_file_in_the_folders_place_stays(packed_model: nn.Module, tmp_path: Path) -> None:
+    place = tmp_path / "thesis"
+    place.write_text("mine")
+    with pytest.raises(ExportError, match="is a file"):
+        export_onnx(packed_model, place)
+    assert place.read_text() == "mine"

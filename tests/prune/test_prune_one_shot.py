@@ -187,6 +187,8 @@ def test_what_cannot_be_done_is_refused_and_the_model_stays(llama):
         prune_one_shot(model, groups, remove=0.2, saliency="magnitude", repair="bias")
     with pytest.raises(BudgetError, match="cannot be removed"):
         prune_one_shot(model, groups, plain, remove=0.95)
+    with pytest.raises(BudgetError, match=r"there is no layout 'perlayer'\n.*per_layer"):
+        prune_one_shot(model, groups, plain, remove=0.2, layout="perlayer")
     gates = Gates(model, groups, [name for name, group in groups.items() if group.kind == "ffn"])
     with pytest.raises(TrainingError, match="close"):
         prune_one_shot(model, groups, plain, remove=0.2)
