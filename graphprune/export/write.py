@@ -38,7 +38,7 @@ _SMALLEST_EXTERNAL = 1024
 
 def export_onnx(
     model: nn.Module,
-    folder: Path,
+    folder: str | Path,
     *,
     examples: Any = None,
     dynamic_axes: DynamicAxes | None = None,
@@ -100,6 +100,7 @@ def export_onnx(
     Raises:
         ExportError: If the model cannot be traced or translated, or does not take the examples.
     """
+    folder = Path(folder)
     if folder.is_file():
         raise ExportError(f"{folder} is a file", "give a folder of its own")
     check_profile(profile)

@@ -275,5 +275,5 @@ def test_a_file_in_the_folders_place_stays(packed_model: nn.Module, tmp_path: Pa
     place = tmp_path / "thesis"
     place.write_text("mine")
     with pytest.raises(ExportError, match="is a file"):
-        export_onnx(packed_model, place)
+        export_onnx(packed_model, str(place))
     assert place.read_text() == "mine"
